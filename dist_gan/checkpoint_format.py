@@ -1,0 +1,120 @@
+"""Reads checkpoints: discovery, verification, tensors. Needs no run, no rank and no pickle.
+
+    checkpoint-0007-000000012800/           serial, and images seen
+        data-00000-of-00002.safetensors     one a writing rank, tensors dealt out by size
+        manifest.json                       where each tensor is; size and sha256 of each file; JSON state
+        COMMIT                              sha256 of manifest.json, written last
+
+A folder without COMMIT, or whose COMMIT does not fit, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dist_gan import storage, tensorfile
+from dist_gan.types import UserError
+
+FORMAT = "dist_gan.checkpoint"
+VERSION = 1
+_NAME = re.compile(r"checkpoint-(\d{4,})-(\d{12,})")
+
+
+class Found(NamedTuple):
+    """What a search for a checkpoint came to."""
+
+    url: str | None
+    damaged: tuple[str, ...]
+    """Newer ones that were passed over: file and reason."""
+
+
+def newest(folder: str) -> Found:
+    """The newest committed checkpoint whose every file is as the manifest says, and what was wrong with newer ones."""
+    damaged: list[str] = []
+    for _, name in reversed(listed(folder)):
+        url = storage.join(folder, name)
+        if not storage.exists(storage.join(url, "COMMIT")):
+            continue
+        problems = verify(url)
+        if not problems:
+            return Found(url, tuple(damaged))
+        damaged.append(problems[0])
+    return Found(None, tuple(damaged))
+
+
+def verify(url: str) -> list[str]:
+    """Everything that is wrong with a checkpoint; empty if it is whole."""
+    try:
+        manifest = read_manifest(url)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for name, facts in manifest["files"].items():
+        try:
+            _checked_file(url, name, facts)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def read_manifest(url: str) -> dict[str, Any]:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        UserError: there is none, or COMMIT is not its hash.
+    """
+    place = storage.redact(url)
+    try:
+        data = storage.read(storage.join(url, "manifest.json"))
+        commit = storage.read(storage.join(url, "COMMIT"))
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is no committed checkpoint: {error.filename or error} is missing") from error
+    if commit.strip() != hashlib.sha256(data).hexdigest().encode():
+        raise UserError(f"{place} is damaged: COMMIT is not the hash of manifest.json; take another checkpoint")
+    manifest = json.loads(data)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise UserError(
+            f"{place} is of format {manifest.get('format')!r} version {manifest.get('version')!r}; this program reads {FORMAT} version {VERSION}"
+        )
+    return dict(manifest)
+
+
+def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors of a checkpoint, on the CPU; `prefix` reads only the files that hold such names.
+
+    Raises:
+        UserError: it is damaged or not committed.
+    """
+    manifest = read_manifest(url)
+    wanted = {e["file"] for name, e in manifest["tensors"].items() if name.startswith(prefix)}
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(wanted):
+        tensors |= tensorfile.from_bytes(_checked_file(url, name, manifest["files"][name]), name=name)
+    return manifest, {name: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _checked_file(url: str, name: str, facts: Mapping[str, Any]) -> bytes:
+    place = f"{storage.redact(url)}/{name}"
+    try:
+        data = storage.read(storage.join(url, name))
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is missing; take another checkpoint") from error
+    if len(data) != facts["bytes"]:
+        raise UserError(
+            f"{place} is damaged: {len(data):,} bytes instead of {facts['bytes']:,}; take another checkpoint"
+        )
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise UserError(f"{place} is damaged: its bytes do not have the hash in the manifest; take another checkpoint")
+    return data
+
+
+def listed(folder: str) -> list[tuple[int, str]]:
+    """Serials and names of all checkpoint folders, committed or not, oldest first."""
+    found = [(int(m[1]), name) for name in storage.list_names(folder) if (m := _NAME.fullmatch(name))]
+    return sorted(found)

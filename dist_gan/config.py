@@ -1,0 +1,335 @@
+"""Every setting of a run, as typed sections with a docstring under each field.
+
+A part is chosen by its `kind`; there is no inheritance between files, no interpolation and no class path. The
+defaults are a complete run, the embedded one: shapes that the program draws itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+_NUMBER = re.compile(r"([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?")
+_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def parse_number(value: Any) -> Any:
+    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; anything else is handed on as it is."""
+    if not isinstance(value, str):
+        return value
+    match = _NUMBER.fullmatch(value.strip())
+    if match is None:
+        return value
+    number = float(match[1]) * _UNITS.get(match[2] or "", 1)
+    return int(number) if number.is_integer() else number
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not a yes or no")
+    return parse_number(value)
+
+
+Count = Annotated[int, BeforeValidator(_no_bool)]
+Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Ramp(Section):
+    """A setting that moves with the images seen, then stays."""
+
+    start: Real
+    """Value at image 0."""
+    end: Real
+    """Value from `images` on."""
+    images: Annotated[Count, Field(gt=0)]
+    """Images seen until `end` is reached."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """Straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
+
+
+def _number_or_ramp(value: Any) -> str:
+    return "ramp" if isinstance(value, Mapping | Ramp) else "number"
+
+
+Knob = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
+"""A number, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}`."""
+
+
+class RunSection(Section):
+    """The run as a whole."""
+
+    dir: str = "runs/shapes"
+    """Folder of the run: configuration, logs, samples, checkpoints. The same folder again resumes."""
+    images: Annotated[Count, Field(gt=0)] = 240_000
+    """Real images that the discriminator learns from before the run ends."""
+    batch: Annotated[Count, Field(gt=0)] = 64
+    """Images a discriminator update, over all processes and micro-batches."""
+    d_updates: Annotated[Count, Field(ge=1)] = 1
+    """Discriminator updates for each generator update."""
+    seed: Annotated[Count, Field(ge=0, lt=2**63)] = 0
+    """Every random number of the run is a function of it."""
+    resume: str = "auto"
+    """`auto`: from the newest checkpoint in `dir`; `never`: only into an empty folder; or a checkpoint's path."""
+    profile: bool = False
+    """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
+
+
+class DataOrder(Section):
+    """What any image data set is read by."""
+
+    holdout: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
+    """Share of the images kept from training, chosen by a hash of the key."""
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    lanes: Annotated[Count, Field(ge=1)] = 64
+    """Logical readers that the order is dealt over; at least one for each process."""
+    block: Annotated[Count, Field(ge=1)] = 64
+    """Neighbouring images of a shard that are read at once and shuffled together."""
+    prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
+    """Batches decoded ahead of need."""
+
+
+class ShapesData(DataOrder):
+    """Pictures that the program draws: 4 shapes in 3 colours, 32x32."""
+
+    kind: Literal["shapes"] = "shapes"
+    """The embedded data set."""
+    count: Annotated[Count, Field(ge=12)] = 24_000
+    """Pictures to draw."""
+
+
+class ShardsData(DataOrder):
+    """WebDataset shards with a manifest, as `dist-gan pack` or `dist-gan index` leaves them."""
+
+    kind: Literal["shards"] = "shards"
+    """Images from shards."""
+    url: str
+    """Folder of the shards: a path, or a URL of an allowed scheme."""
+
+
+class PointsData(Section):
+    """Points in the plane from a ring of Gaussians, for studies of the game itself."""
+
+    kind: Literal["points"] = "points"
+    """Points made on the spot, a function of seed, draw and slot."""
+    modes: Annotated[Count, Field(ge=1)] = 8
+    """Gaussians on the circle."""
+    radius: Annotated[Real, Field(gt=0)] = 0.7
+    """Radius of the circle; points lie in [-1, 1]."""
+    sigma: Annotated[Real, Field(gt=0)] = 0.02
+    """Standard deviation of each Gaussian."""
+
+
+class ArticleNetworks(Section):
+    """The pair of the article that the project grew out of: dense layers, then transposed convolutions."""
+
+    kind: Literal["article"] = "article"
+    """RECIPES: literally at 32x32, one more stride-2 stage at 64x64."""
+    resolution: Literal[32, 64] = 32
+    """Pixels a side."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 colour."""
+    classes: Annotated[Count, Field(ge=0)] = 0
+    """Classes to condition on; 0 for none."""
+    latent_dim: Annotated[Count, Field(ge=1)] = 100
+    """Numbers in a latent."""
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.3
+    """Dropout in the discriminator."""
+
+
+class DCGANNetworks(Section):
+    """DCGAN (Radford et al. 2016) for sides of 2^n."""
+
+    kind: Literal["dcgan"] = "dcgan"
+    """Strided convolutions both ways."""
+    resolution: Literal[16, 32, 64, 128, 256] = 32
+    """Pixels a side."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 colour."""
+    classes: Annotated[Count, Field(ge=0)] = 0
+    """Classes to condition on; 0 for none."""
+    latent_dim: Annotated[Count, Field(ge=1)] = 100
+    """Numbers in a latent."""
+    g_width: Annotated[Count, Field(ge=1)] = 64
+    """Channels of the generator's widest picture; doubled for each halving of the side, up to 8 times."""
+    d_width: Annotated[Count, Field(ge=1)] = 64
+    """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
+    g_norm: Literal["batch", "none"] = "batch"
+    """Normalisation in the generator."""
+    d_norm: Literal["batch", "none"] = "batch"
+    """Normalisation in the discriminator; gradient penalties are defined for `none`."""
+
+
+class MLPNetworks(Section):
+    """Two perceptrons for points in the plane."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Dense layers with LeakyReLU."""
+    classes: Annotated[Count, Field(ge=0)] = 0
+    """Classes to condition on; 0 for none."""
+    latent_dim: Annotated[Count, Field(ge=1)] = 16
+    """Numbers in a latent."""
+    width: Annotated[Count, Field(ge=1)] = 128
+    """Units a hidden layer."""
+    depth: Annotated[Count, Field(ge=1)] = 3
+    """Hidden layers."""
+
+
+class ObjectiveSection(Section):
+    """The game: the players' losses, and the penalties on the discriminator's gradient."""
+
+    kind: Literal["minimax", "nonsaturating", "hinge", "least_squares", "wasserstein", "relativistic"] = "relativistic"
+    """Loss of both players; formulae and sources in dist_gan/objectives/losses.py."""
+    r1_gamma: Knob = 0.0
+    """R1: gamma / 2 times the mean squared gradient at real images (Mescheder et al. 2018)."""
+    r2_gamma: Knob = 0.0
+    """R2: the same at generated images."""
+    gradient_penalty: Knob = 0.0
+    """WGAN-GP: lambda times (gradient norm - 1)^2 between real and generated images (Gulrajani et al. 2017)."""
+    penalty_every: Annotated[Count, Field(ge=1)] = 1
+    """Apply penalties at every k-th discriminator update, k times as strong (lazy regularisation)."""
+    instance_noise: Knob = 0.0
+    """Standard deviation of Gaussian noise added to all that the discriminator sees."""
+    label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
+    """Real images get the target 1 - this value (minimax and nonsaturating)."""
+    lecam: Annotated[Real, Field(ge=0)] = 0.0
+    """LeCam: pulls the logits towards their running means, against overfitting (Tseng et al. 2021)."""
+    shared_batch: bool = False
+    """The generator's turn takes the discriminator's last batch and latents again, as the article does."""
+
+
+class AdamSection(Section):
+    """Adam (Kingma and Ba 2015)."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """`adamw` decouples weight decay (Loshchilov and Hutter 2019); `adam` adds it to the gradient."""
+    lr: Knob = 2e-4
+    """Learning rate."""
+    beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.5
+    """Decay of the first moment."""
+    beta2: Knob = 0.999
+    """Decay of the second moment."""
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 on the weights."""
+    clip: Annotated[Real, Field(ge=0)] = 0.0
+    """Largest norm of the player's whole gradient; 0 for no clipping."""
+
+
+class SGDSection(Section):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    """With momentum as in torch."""
+    lr: Knob = 0.01
+    """Learning rate."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    """Momentum."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 on the weights."""
+    clip: Annotated[Real, Field(ge=0)] = 0.0
+    """Largest norm of the player's whole gradient; 0 for no clipping."""
+
+
+class EMASection(Section):
+    """The averaged generator, which samples are drawn from."""
+
+    half_life: Knob = 20_000.0
+    """Images after which a weight counts half."""
+    warmup: Annotated[Real, Field(ge=0)] = 0.05
+    """Half-life is at most this share of the images seen so far; 0 for no limit (Karras et al. 2020)."""
+
+
+class RuntimeSection(Section):
+    """How the machine is used; no setting here changes what is learned beyond rounding."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """`auto` takes the launch file's mixed_precision. bf16 is autocast, penalties stay in fp32. fp64 is for proofs."""
+    micro_batch: Annotated[Count, Field(gt=0)] | None = None
+    """Images a process forwards at once; its share of the batch is accumulated in pieces of this size. None: at once."""
+    threads: Annotated[Count, Field(gt=0)] | None = None
+    """CPU threads a process; None: cores divided by the processes of this machine."""
+    deterministic: bool = False
+    """Only deterministic CUDA kernels, so that a resumed run is bitwise the same there too."""
+    start_timeout_s: Annotated[Count, Field(ge=10)] = 1800
+    """Longest wait for another rank until the first step is done."""
+    step_timeout_s: Annotated[Count, Field(ge=10)] = 300
+    """Longest wait for another rank afterwards."""
+
+
+class LogSection(Section):
+    """What is seen, and how often, in images."""
+
+    every: Annotated[Count, Field(gt=0)] = 4_000
+    """Images between lines of scalars."""
+    samples_every: Annotated[Count, Field(gt=0)] = 20_000
+    """Images between grids of samples."""
+    samples: Annotated[Count, Field(ge=1, le=1024)] = 64
+    """Samples a grid."""
+
+
+class CheckpointSection(Section):
+    """Checkpoints, in images."""
+
+    every: Annotated[Count, Field(gt=0)] = 40_000
+    """Images between checkpoints; the last one is always written."""
+    keep: Annotated[Count, Field(ge=2)] = 3
+    """Newest checkpoints that are kept."""
+
+
+class RecoverySection(Section):
+    """When training has failed."""
+
+    max_nonfinite: Annotated[Count, Field(ge=1)] = 20
+    """Updates of one player skipped in a row, for a gradient that is not finite, after which the run ends."""
+
+
+def _kind_of(default: str) -> Any:
+    def kind(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return str(value.get("kind", default))
+        return str(getattr(value, "kind", default))
+
+    return Discriminator(kind)
+
+
+Data = Annotated[
+    Annotated[ShapesData, Tag("shapes")] | Annotated[ShardsData, Tag("shards")] | Annotated[PointsData, Tag("points")],
+    _kind_of("shapes"),
+]
+NetworksSection = Annotated[
+    Annotated[ArticleNetworks, Tag("article")]
+    | Annotated[DCGANNetworks, Tag("dcgan")]
+    | Annotated[MLPNetworks, Tag("mlp")],
+    _kind_of("dcgan"),
+]
+Optim = Annotated[
+    Annotated[AdamSection, Tag("adam")] | Annotated[AdamSection, Tag("adamw")] | Annotated[SGDSection, Tag("sgd")],
+    _kind_of("adam"),
+]
+
+
+class RunConfig(Section):
+    """The whole of a run's settings."""
+
+    run: RunSection = RunSection()
+    data: Data = ShapesData()
+    networks: NetworksSection = DCGANNetworks()
+    objective: ObjectiveSection = ObjectiveSection()
+    g_optim: Optim = AdamSection()
+    d_optim: Optim = AdamSection()
+    ema: EMASection = EMASection()
+    runtime: RuntimeSection = RuntimeSection()
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()

@@ -1,0 +1,40 @@
+"""The data set that needs no download: pictures of shapes, drawn into the run folder and packed like any other."""
+
+from __future__ import annotations
+
+from dist_gan import storage
+from dist_gan.config import MLPNetworks, RunConfig, ShapesData, ShardsData
+from dist_gan.data.manifest import check_shards, read_manifest
+from dist_gan.data.pack import pack
+from dist_gan.data.shapes import CLASS_NAMES, draw_shapes
+from dist_gan.data.sources import ArraySource
+from dist_gan.data.stream import check_fit
+
+PICTURES_SEED = 2026
+"""The pictures are the same for every run; its seed decides their order and the rest."""
+
+
+def data_url(config: RunConfig) -> str:
+    """Folder of the shards that a configuration trains on."""
+    if isinstance(config.data, ShardsData):
+        return config.data.url
+    return storage.join(config.run.dir, "data")
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Draws and packs the embedded data set, or checks that the shards are there and fit; one process does it.
+
+    Raises:
+        UserError: there is no manifest, a shard is not as the manifest says, or the networks do not fit the images.
+        TrainingFailed: the pictures cannot be written.
+    """
+    url = data_url(config)
+    if isinstance(config.data, ShapesData):
+        images, labels = draw_shapes(config.data.count, seed=PICTURES_SEED)
+        pack(ArraySource(images, labels, class_names=CLASS_NAMES), url, workers=1)
+    elif isinstance(config.data, ShardsData):
+        manifest = read_manifest(url)
+        networks = config.networks
+        assert not isinstance(networks, MLPNetworks)
+        check_fit(url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes)
+        check_shards(url, manifest)

@@ -1,0 +1,58 @@
+"""Points in the plane from a ring of Gaussians: a data set that is arithmetic, for studies of the game itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_gan.config import PointsData
+from dist_gan.draws import Draws
+from dist_gan.types import Batch, UserError
+
+
+class PointStream:
+    """Endless batches of points, each a function of (seed, draw, slot); labels are the Gaussians' numbers."""
+
+    def __init__(self, section: PointsData, *, classes: int, slots: Tensor, draws: Draws) -> None:
+        self.draw = 0
+        self.waited_s = 0.0
+        self.fingerprint = f"points/{section.modes}/{section.radius}/{section.sigma}/seed={draws.seed}"
+        self._section, self._labelled, self._slots, self._draws = section, classes > 0, slots, draws
+
+    def next(self) -> Batch:
+        """This rank's part of the next global batch, on the device."""
+        points, labels = self._points(self.draw, self._slots)
+        keys = tuple(f"point-{self.draw}-{slot}" for slot in self._slots.tolist())
+        self.draw += 1
+        return Batch(points, labels if self._labelled else None, self._slots, keys, self.draw - 1)
+
+    def preview(self, count: int) -> Tensor:
+        """The first `count` points of draw 0, on the device."""
+        return self._points(0, torch.arange(count))[0]
+
+    def _points(self, draw: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        address: dict[str, Any] = {"draw": draw, "slots": slots}
+        labels = self._draws.integers("points/mode", below=self._section.modes, **address)
+        angle = labels.to(self._draws.dtype) * (2.0 * math.pi / self._section.modes)
+        centre = torch.stack((angle.cos(), angle.sin()), dim=1) * self._section.radius
+        return centre + self._section.sigma * self._draws.normal("points/offset", shape=(2,), **address), labels
+
+    def seek(self, draw: int) -> None:
+        """The next batch will be number `draw`."""
+        self.draw = draw
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+    def values(self) -> dict[str, Any]:
+        """Draws consumed, and the fingerprint of the order."""
+        return {"draw": self.draw, "fingerprint": self.fingerprint}
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Goes on where `values` was taken."""
+        if values["fingerprint"] != self.fingerprint:
+            raise UserError("data: the points are not those of the checkpoint; give the same data, or another run.dir")
+        self.seek(int(values["draw"]))

@@ -1,0 +1,79 @@
+"""What the averaged generator makes: grids from fixed latents, and the count of modes of the embedded data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dist_gan.draws import Draws
+from dist_gan.metrics.modes import judge, mode_report
+from dist_gan.runtime import Runtime
+from dist_gan.types import byte_range
+
+Pictures = NDArray[np.uint8]
+
+
+@torch.no_grad()
+def sample(
+    generator: nn.Module,
+    draws: Draws,
+    *,
+    slots: Tensor,
+    classes: int = 0,
+    label: int | None = None,
+    draw: int = 0,
+    purpose: str = "samples",
+    batch: int = 250,
+) -> Iterator[Tensor]:
+    """Samples of a generator in evaluation mode, in batches on its device.
+
+    Args:
+        generator: with the attribute `latent_dim`.
+        draws: the latents of `purpose`, `draw` and `slots` are taken from it.
+        slots: which samples, int64.
+        classes: classes of a conditional generator; slot i gets class i % classes.
+        label: the class of every sample instead.
+    """
+    latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
+    for part in slots.split(batch):
+        latents = draws.normal(f"latents/{purpose}", draw=draw, slots=part, shape=(latent_dim,))
+        labels = None
+        if classes:
+            labels = (part % classes if label is None else torch.full_like(part, label)).to(latents.device)
+        yield generator(latents, labels)
+
+
+def to_pictures(samples: Tensor) -> Pictures:
+    """Images in [-1, 1], BCHW, or points in [-1, 1], B2, as uint8 NHWC; points become one density picture."""
+    if samples.dim() == 2:
+        return density(samples.float().cpu().numpy())[None]
+    return byte_range(samples).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def density(points_N2: NDArray[np.float32], *, side: int = 256) -> Pictures:
+    """Points of [-1, 1]^2 as a grey picture: the more points, the darker."""
+    counts, _, _ = np.histogram2d(-points_N2[:, 1], points_N2[:, 0], bins=side, range=[[-1, 1], [-1, 1]])
+    shade = 255.0 * np.exp(-counts / max(1.0, counts.max() / 4))
+    return np.repeat(shade.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def fixed_grid(generator: nn.Module, draws: Draws, *, count: int, classes: int) -> Pictures:
+    """Pictures of the same latents each time."""
+    return to_pictures(torch.cat(list(sample(generator, draws, slots=torch.arange(count), classes=classes))))
+
+
+def count_modes(
+    generator: nn.Module, draws: Draws, runtime: Runtime, *, samples: int, classes: int
+) -> dict[str, float | int]:
+    """Modes of the embedded data set among samples, judged on all ranks; the report of `metrics.modes`."""
+    mine = torch.arange(runtime.rank, samples, runtime.world_size)
+    modes = [
+        judge(to_pictures(part)) for part in sample(generator, draws, slots=mine, classes=classes, purpose="modes")
+    ]
+    counts = np.bincount(np.concatenate(modes) + 1, minlength=13)
+    total = runtime.reduce_sum(torch.from_numpy(counts))
+    return mode_report(np.repeat(np.arange(-1, 12), total.numpy()))

@@ -1,0 +1,81 @@
+"""The pair of the article that this project grew out of, layer for layer.
+
+As printed there the generator's strides (1, 2, 2, 2 from 4x4) give 32x32, although the text says 64x64: 32 is the
+literal network, 64 has one more stride-2 stage. Keras' momentum 0.8 is 0.2 in torch, its epsilon 1e-3 is kept, and
+its initialisation (Glorot uniform, biases 0) as well. `padding="same"` of a 4x4 kernel is 1 at the start and 2 at the
+end for stride 1, and 1 on both sides for stride 2.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+
+
+def _batch_norm(channels: int, *, pictures: bool) -> nn.Module:
+    kind = nn.BatchNorm2d if pictures else nn.BatchNorm1d
+    return kind(channels, eps=1e-3, momentum=0.2)
+
+
+def _glorot(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class SameTransposed(nn.Module):
+    """4x4 transposed convolution of stride 1 that keeps the side: the full result is 3 wider, cut 1 before, 2 after."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=1)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.conv(images_BCHW)[:, :, 1:-2, 1:-2]
+
+
+class Generator(nn.Module):
+    """BZ -> B x channels x resolution x resolution in [-1, 1]."""
+
+    def __init__(self, *, latent_dim: int = 100, resolution: int = 32, channels: int = 3, classes: int = 0) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
+        dense: list[nn.Module] = []
+        width = self.label.out_dim
+        for out in (256, 512, 1024):
+            dense += [nn.Linear(width, out), nn.LeakyReLU(0.2), _batch_norm(out, pictures=False)]
+            width = out
+        self.dense = nn.Sequential(*dense, nn.Linear(width, 4 * 4 * 512), nn.ReLU())
+        stages: list[nn.Module] = [SameTransposed(512, 256), nn.ReLU(), _batch_norm(256, pictures=True)]
+        widths = {32: (256, 128, 64), 64: (256, 128, 64, 32)}[resolution]
+        for width, out in pairwise(widths):
+            stages += [nn.ConvTranspose2d(width, out, 4, 2, 1), nn.ReLU(), _batch_norm(out, pictures=True)]
+        self.stages = nn.Sequential(*stages, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
+        _glorot(self)
+
+    def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        dense = self.dense(self.label(latents_BZ, labels_B))
+        return self.stages(dense.view(-1, 512, 4, 4))
+
+
+class Discriminator(nn.Module):
+    """B x channels x resolution x resolution -> logits_B."""
+
+    def __init__(self, *, resolution: int = 32, channels: int = 3, classes: int = 0, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(
+            nn.Conv2d(channels, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+            nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+            nn.Flatten(),
+        )  # fmt: skip
+        self.head = ProjectionHead(features=128 * (resolution // 4) ** 2, classes=classes)
+        _glorot(self)
+
+    def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        return self.head(self.stages(images_BCHW), labels_B)

@@ -1,0 +1,113 @@
+"""DCGAN (Radford, Metz, Chintala 2016) for pictures of 16 to 256 pixels a side.
+
+Generator: a 4x4 transposed convolution of the latent, then 4x4 stride-2 stages; ReLU; tanh at the end.
+Discriminator: the mirror image with LeakyReLU 0.2. With `batch` norm it is the paper's network: weights N(0, 0.02),
+no norm at the generator's output and the discriminator's input, no bias before a norm. With `none` the weights are
+He-normal instead (He et al. 2015), since nothing rescales the activations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+
+Norm = Literal["batch", "none"]
+
+
+def _widths(width: int, *, resolution: int) -> list[int]:
+    """Channels from the picture's side down to 4x4: doubled at each halving, at most 8 times the first."""
+    return [width * min(2**i, 8) for i in range(int(math.log2(resolution)) - 2)]
+
+
+def _initialise(network: nn.Module, *, norm: Norm, slope: float) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if norm == "batch":
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            else:
+                _he_normal(module, slope=slope)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+
+
+def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: float) -> None:
+    """Standard deviation gain / sqrt(fan-in), fan-in being the inputs that one output number sums over."""
+    fan_in = module.weight[0].numel()
+    if isinstance(module, nn.ConvTranspose2d):
+        taps = module.kernel_size[0] * module.kernel_size[1] / (module.stride[0] * module.stride[1])
+        grows_from_a_point = module.padding[0] == 0
+        fan_in = int(module.in_channels * (1 if grows_from_a_point else taps))
+    nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (1.0 + slope**2) / fan_in))
+
+
+class Generator(nn.Module):
+    """BZ -> B x channels x resolution x resolution in [-1, 1]."""
+
+    def __init__(
+        self,
+        *,
+        latent_dim: int = 100,
+        resolution: int = 64,
+        channels: int = 3,
+        classes: int = 0,
+        width: int = 64,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
+        widths = _widths(width, resolution=resolution)[::-1]
+        stages: list[nn.Module] = []
+        previous = self.label.out_dim
+        for index, out in enumerate(widths):
+            stride, padding = (1, 0) if index == 0 else (2, 1)
+            stages.append(nn.ConvTranspose2d(previous, out, 4, stride, padding, bias=norm == "none"))
+            stages += [nn.BatchNorm2d(out), nn.ReLU()] if norm == "batch" else [nn.LeakyReLU(0.2)]
+            previous = out
+        stages += [nn.ConvTranspose2d(previous, channels, 4, 2, 1), nn.Tanh()]
+        self.stages = nn.Sequential(*stages)
+        _initialise(self, norm=norm, slope=0.2)
+
+    def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        return self.stages(self.label(latents_BZ, labels_B)[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """B x channels x resolution x resolution -> logits_B.
+
+    Unconditional, the 4x4 features end in one logit by a 4x4 convolution, written as a dense layer of the same
+    weights so that a class can join by projection.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int = 64,
+        channels: int = 3,
+        classes: int = 0,
+        width: int = 64,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        widths = _widths(width, resolution=resolution)
+        stages: list[nn.Module] = []
+        previous = channels
+        for index, out in enumerate(widths):
+            normed = norm == "batch" and index > 0
+            stages.append(nn.Conv2d(previous, out, 4, 2, 1, bias=not normed))
+            stages += [nn.BatchNorm2d(out)] if normed else []
+            stages.append(nn.LeakyReLU(0.2))
+            previous = out
+        self.stages = nn.Sequential(*stages, nn.Flatten())
+        self.head = ProjectionHead(features=16 * previous, classes=classes)
+        _initialise(self, norm=norm, slope=0.2)
+
+    def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        return self.head(self.stages(images_BCHW), labels_B)

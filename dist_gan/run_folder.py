@@ -1,0 +1,123 @@
+"""What a run leaves behind besides its logs: who owns the folder, the attempt, the configuration, the outcome."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dist_gan import storage
+from dist_gan.config import RunConfig
+from dist_gan.config_reader import differences, to_yaml
+from dist_gan.types import UserError
+
+OUTCOME = "outcome.json"
+
+
+class RunFolder:
+    """The folder of a run, owned by one living process (rank 0) at a time.
+
+    Ownership is a lock of the operating system on `run.lock`, so a killed process owns nothing. `attempt` counts the
+    starts of this run from 1.
+
+    Raises:
+        UserError: the folder cannot be written, belongs to a living process, or to a run with other settings.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run.dir)
+        self._lock = self._claim()
+        try:
+            self._refuse_other_settings(config)
+            self.attempt = self._next_attempt()
+            (self.path / OUTCOME).unlink(missing_ok=True)
+            storage.publish(str(self.path / "config.yaml"), to_yaml(config).encode())
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _claim(self) -> IO[str]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 - held as long as the run lives
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write in {self.path}: {storage.why(error)}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(
+                f"run.dir: {self.path} is in use by {owner}; wait for it to end, stop it, or choose another run.dir"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        return lock
+
+    def _refuse_other_settings(self, config: RunConfig) -> None:
+        kept = self.path / "config.yaml"
+        if not kept.exists():
+            return
+        try:
+            before = RunConfig.model_validate(yaml.safe_load(kept.read_text()))
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"run.dir: {kept} is no configuration of this version ({str(error).splitlines()[0]}); "
+                f"choose another run.dir, or move that folder away"
+            ) from error
+        changed = differences(before, config)
+        if changed:
+            raise UserError(
+                f"run.dir: {self.path} belongs to a run with other settings ({'; '.join(changed)}); "
+                f"choose another run.dir, or start with the settings in {kept}"
+            )
+
+    def _next_attempt(self) -> int:
+        counter = self.path / "attempts"
+        attempt = int(counter.read_text()) + 1 if counter.exists() else 1
+        storage.publish(str(counter), f"{attempt}\n".encode())
+        return attempt
+
+    def write_outcome(self, outcome: str, *, code: int, images: int, reason: str) -> None:
+        """Says how the run ended: written last, atomically."""
+        write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt)
+
+    def close(self) -> None:
+        """Gives the folder up."""
+        self._lock.close()
+
+
+def write_outcome(
+    folder: Path, outcome: str, *, code: int, images: int = 0, reason: str = "", attempt: int = 0
+) -> None:
+    """`outcome.json`: how a run ended, for whoever decides what happens next."""
+    value: dict[str, Any] = {
+        "outcome": outcome,
+        "code": code,
+        "images": images,
+        "attempt": attempt,
+        "reason": reason,
+        "unix_time": round(time.time(), 3),
+    }
+    storage.publish(str(folder / OUTCOME), (json.dumps(value, indent=1) + "\n").encode())
+
+
+def refuse(folder: Path, *, reason: str) -> None:
+    """Leaves `outcome.json` for a start that was refused before the folder was owned.
+
+    A living owner's folder is left alone: its outcome is its own to write.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "run.lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_outcome(folder, "configuration_wrong", code=2, reason=reason)
+    except OSError:
+        return  # the reason has been printed; a folder that cannot be written cannot hold it too

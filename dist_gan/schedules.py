@@ -1,0 +1,52 @@
+"""Settings as functions of the images seen."""
+
+from __future__ import annotations
+
+import math
+
+from dist_gan.config import AdamSection, Knob, Ramp, RunConfig
+from dist_gan.types import Knobs
+
+
+def at(knob: Knob, images: int) -> float:
+    """Value of a number or ramp when `images` have been seen.
+
+    The cosine is v(n) = end + (start - end) (1 + cos(pi n / N)) / 2 (R3GAN, Huang et al. 2024), constant after N.
+    """
+    if not isinstance(knob, Ramp):
+        return float(knob)
+    progress = min(images / knob.images, 1.0)
+    weight = 1.0 - progress if knob.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return knob.end + (knob.start - knob.end) * weight
+
+
+def knobs_at(images: int, *, config: RunConfig) -> Knobs:
+    """Every setting that may move, when `images` have been seen."""
+    g_optim, d_optim, objective = config.g_optim, config.d_optim, config.objective
+    half_life = at(config.ema.half_life, images)
+    if config.ema.warmup:
+        half_life = min(half_life, config.ema.warmup * images)
+    return Knobs(
+        g_lr=at(g_optim.lr, images),
+        d_lr=at(d_optim.lr, images),
+        g_beta2=at(g_optim.beta2, images) if isinstance(g_optim, AdamSection) else 0.0,
+        d_beta2=at(d_optim.beta2, images) if isinstance(d_optim, AdamSection) else 0.0,
+        r1_gamma=at(objective.r1_gamma, images),
+        r2_gamma=at(objective.r2_gamma, images),
+        gradient_penalty=at(objective.gradient_penalty, images),
+        instance_noise=at(objective.instance_noise, images),
+        ema_half_life=half_life,
+    )
+
+
+def lazily(knobs: Knobs, *, update: int, every: int) -> Knobs:
+    """The penalties of one discriminator update: `every` times as strong each `every`-th update, else 0.
+
+    Lazy regularisation (Karras et al. 2020, StyleGAN2, appendix B): the mean strength stays the same.
+    """
+    factor = every if update % every == 0 else 0
+    return knobs._replace(
+        r1_gamma=knobs.r1_gamma * factor,
+        r2_gamma=knobs.r2_gamma * factor,
+        gradient_penalty=knobs.gradient_penalty * factor,
+    )

@@ -1,0 +1,89 @@
+"""All that must survive a restart, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dist_gan.data import Stream
+from dist_gan.ema import GeneratorEMA
+from dist_gan.runtime import Player
+from dist_gan.types import Stateful
+
+
+@dataclass
+class Progress:
+    """How far the run is, and the memory of its objective."""
+
+    images: int = 0
+    """Real images shown to the discriminator, over all ranks."""
+    d_updates: int = 0
+    """Discriminator updates, skipped ones included: lazy penalties count by it."""
+    g_updates: int = 0
+    """Generator updates, skipped ones included."""
+    averaged_images: int = 0
+    """Images at the last update of the averaged generator."""
+    skipped: dict[str, int] = field(default_factory=lambda: {"generator": 0, "discriminator": 0})
+    """Updates that were skipped for a gradient that was not finite."""
+    skipped_in_a_row: dict[str, int] = field(default_factory=lambda: {"generator": 0, "discriminator": 0})
+    """The same, since the last one that was applied."""
+    seconds: float = 0.0
+    """Time spent training, over all attempts."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """The objective's memory."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The objective's memory."""
+        return self.memory
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        assert tensors.keys() == self.memory.keys(), (sorted(tensors), sorted(self.memory))
+        for name, tensor in tensors.items():
+            self.memory[name].copy_(tensor)
+
+    def values(self) -> dict[str, Any]:
+        """Counters."""
+        names = ("images", "d_updates", "g_updates", "averaged_images", "skipped", "skipped_in_a_row", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Takes back what `values` gave."""
+        for name, value in values.items():
+            setattr(self, name, dict(value) if isinstance(value, dict) else value)
+
+
+class _StreamState:
+    """A stream has no tensors."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.values, self.load_values = stream.values, stream.load_values
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        assert not tensors
+
+
+@dataclass
+class TrainState:
+    """Every part of a run that has a past. The keys of `parts` are the checkpoint's contract."""
+
+    generator: Player
+    discriminator: Player
+    ema: GeneratorEMA
+    stream: Stream
+    progress: Progress
+
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds."""
+        return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "ema": self.ema,
+            "stream": _StreamState(self.stream),
+            "progress": self.progress,
+        }

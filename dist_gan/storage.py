@@ -1,0 +1,228 @@
+"""The only importer of fsspec: bytes by URL, and files that are either whole or not there.
+
+A plain path is a URL of the scheme `file`. Which schemes are allowed is decided here, before any file system is
+made: fsspec knows schemes that run commands or read other people's machines.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from dist_gan.types import TrainingFailed, UserError
+
+ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
+
+
+def scheme_of(url: str) -> str:
+    """Scheme of a URL; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
+    if "://" in url:
+        return url.split("://", 1)[0].lower()
+    if url.lower().startswith("pipe:"):
+        return "pipe"
+    return "file"
+
+
+def check_url(url: str, *, place: str) -> str:
+    """The URL itself if its scheme is allowed.
+
+    Raises:
+        UserError: the scheme is not on the list; `place` says where the URL came from.
+    """
+    scheme = scheme_of(url)
+    if "::" in url:
+        raise UserError(
+            f"{place}: {redact(url)!r} chains file systems with '::', which is not allowed; give one plain URL"
+        )
+    if scheme not in ALLOWED_SCHEMES:
+        why = "it would run a shell command" if scheme == "pipe" else "it is not on the list of allowed schemes"
+        raise UserError(
+            f"{place}: the scheme {scheme!r} of {redact(url)!r} is refused, {why}; "
+            f"use a path or one of {', '.join(s + '://' for s in ALLOWED_SCHEMES)}"
+        )
+    return url
+
+
+def redact(url: str) -> str:
+    """The URL without what may be a secret: its query, and the user part before an @."""
+    bare = url.split("?", 1)[0]
+    if "://" in bare:
+        scheme, rest = bare.split("://", 1)
+        host, slash, path = rest.partition("/")
+        bare = f"{scheme}://{host.rsplit('@', 1)[-1]}{slash}{path}"
+    return bare
+
+
+def join(url: str, *names: str) -> str:
+    """URL of a name inside a folder URL."""
+    return posixpath.join(url.rstrip("/") or "/", *names)
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a `file` URL, None for any other store."""
+    if scheme_of(url) != "file":
+        return None
+    return Path(url.removeprefix("file://"))
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    check_url(url, place="url")
+    try:
+        filesystem, path = url_to_fs(url)
+    except ImportError as error:
+        raise UserError(
+            f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed ({error}); "
+            f"for s3 run: pip install 'dist-gan[s3]'"
+        ) from error
+    return filesystem, path
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = _filesystem(url)
+    return bool(filesystem.exists(path))
+
+
+def size(url: str) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    filesystem, path = _filesystem(url)
+    return int(filesystem.size(path))
+
+
+def list_names(url: str) -> list[str]:
+    """Names of files and folders in a folder, sorted; an absent folder is empty."""
+    filesystem, path = _filesystem(url)
+    filesystem.invalidate_cache()
+    try:
+        entries = filesystem.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in (posixpath.basename(str(e).rstrip("/")) for e in entries) if name)
+
+
+def open_read(url: str) -> BinaryIO:
+    """A file open for reading, with seek and tell. Raises FileNotFoundError."""
+    filesystem, path = _filesystem(url)
+    return cast(BinaryIO, filesystem.open(path, "rb"))
+
+
+def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
+    """Bytes of each named file in a folder, None for one that is not there; one listing where the store has listings."""
+    if scheme_of(url) in ("http", "https"):
+        return {name: _size_or_none(join(url, name)) for name in names}
+    filesystem, path = _filesystem(url)
+    filesystem.invalidate_cache()
+    try:
+        entries = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        entries = []
+    found = {
+        posixpath.basename(str(e["name"]).rstrip("/")): int(e["size"] or 0) for e in entries if e["type"] != "directory"
+    }
+    return {name: found.get(name) for name in names}
+
+
+def _size_or_none(url: str) -> int | None:
+    try:
+        return size(url)
+    except FileNotFoundError:
+        return None
+
+
+def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes [start, end) of a file, all of it by default."""
+    filesystem, path = _filesystem(url)
+    return bytes(filesystem.cat_file(path, start=start, end=end))
+
+
+def make_folder(url: str) -> None:
+    """Makes a folder and its parents; object stores have none and do nothing."""
+    filesystem, path = _filesystem(url)
+    filesystem.makedirs(path, exist_ok=True)
+
+
+def publish(url: str, data: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it.
+
+    Locally: a temporary name beside it, fsync, rename, fsync of the folder. On an object store an upload becomes
+    visible when it is complete; its size is read back.
+
+    Raises:
+        TrainingFailed: the disk is full or the store does not take the file; nothing is left under the name.
+    """
+    local = local_path(url)
+    try:
+        if local is not None:
+            _publish_local(local, data)
+            return
+        filesystem, path = _filesystem(url)
+        filesystem.pipe_file(path, data)
+        filesystem.invalidate_cache()
+        written = int(filesystem.size(path))
+        if written != len(data):
+            filesystem.rm_file(path)
+            raise OSError(errno.EIO, f"{written} of {len(data)} bytes arrived")
+    except OSError as error:
+        raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {_reason(error)}") from error
+
+
+def _publish_local(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a local folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space or choose another folder, then start the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "no write permission; choose a folder you may write to, or ask for the right"
+    return f"{error.strerror or error}"
+
+
+def why(error: OSError) -> str:
+    """A failed file operation in the words of a person, with a remedy where there is one."""
+    return _reason(error)
+
+
+def remove(url: str) -> None:
+    """Removes a file; one that is not there is no error."""
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.rm_file(path)
+    except FileNotFoundError:
+        return
+
+
+def remove_folder(url: str) -> None:
+    """Removes a folder with all that is in it; one that is not there is no error."""
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.rm(path, recursive=True)
+    except FileNotFoundError:
+        return

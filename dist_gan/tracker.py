@@ -1,0 +1,179 @@
+"""What is seen of a run: TensorBoard, two JSONL files, PNG grids, and one line of progress. Rank 0 alone writes.
+
+The x axis of everything is images seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dist_gan import images as pictures
+from dist_gan.types import Scalars
+
+_LAYOUT = {
+    "game": {
+        "logits: real against fake": ["Multiline", ["logits/real", "logits/fake"]],
+        "losses": ["Multiline", ["loss/discriminator", "loss/generator"]],
+        "gradient norms": ["Multiline", ["gradient_norm/discriminator", "gradient_norm/generator"]],
+    }
+}
+
+
+class Tracker:
+    """Writes what a run shows. On other ranks than 0 every method does nothing.
+
+    Args:
+        folder: of the run.
+        enabled: whether this is rank 0.
+        attempt: which start of the run this is; every line carries it.
+        total: images that the run is to see.
+        resumed_at: images of the checkpoint that was resumed from; what was logged after it is set aside.
+        config_yaml: shown in TensorBoard as text.
+    """
+
+    def __init__(
+        self, folder: Path, *, enabled: bool, attempt: int, total: int, resumed_at: int, config_yaml: str
+    ) -> None:
+        self.folder = folder
+        self.enabled = enabled
+        self._attempt = attempt
+        self._total = total
+        if not enabled:
+            return
+        self.tensorboard_folder = folder / "tensorboard"
+        self._samples = folder / "samples"
+        self._samples.mkdir(parents=True, exist_ok=True)
+        _set_aside(folder / "metrics.jsonl", resumed_at=resumed_at, attempt=attempt)
+        self._metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self._writer = SummaryWriter(
+            str(self.tensorboard_folder), purge_step=resumed_at + 1 if attempt > 1 else None, flush_secs=10
+        )
+        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_text("config", "```yaml\n" + config_yaml + "```", global_step=resumed_at)
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, initial=resumed_at, unit="img", unit_scale=True, disable=not self._on_terminal, smoothing=0.1
+        )
+
+    def scalars(self, images: int, values: Scalars, *, clock: Scalars) -> None:
+        """A tick: `values` are reduced over the ranks, `clock` is this rank's own timing."""
+        if not self.enabled:
+            return
+        everything = values | clock
+        line = {"images": images, "attempt": self._attempt} | everything
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in everything.items():
+            self._writer.add_scalar(name, value, global_step=images)
+
+    def progress(self, images: int, values: Scalars, *, clock: Scalars) -> None:
+        """The one line that says how the run goes: a bar on a terminal, a line a tick elsewhere."""
+        if not self.enabled:
+            return
+        left = (self._total - images) / max(clock["time/images_per_second"], 1e-9)
+        facts = (
+            f"D {values.get('loss/discriminator', float('nan')):.3f} G {values.get('loss/generator', float('nan')):.3f} "
+            f"wait {100 * clock['time/data_wait_share']:.1f}% mem {clock['time/peak_memory_gib']:.2f} GiB"
+        )
+        skipped = values.get("skipped/generator", 0.0) + values.get("skipped/discriminator", 0.0)
+        if skipped:
+            facts += f" skipped {skipped:.0f}"
+        if self._on_terminal:
+            self._bar.update(images - self._bar.n)
+            self._bar.set_postfix_str(facts, refresh=True)
+        else:
+            speed = clock["time/images_per_second"]
+            self.say(f"{images:>12,}/{self._total:,} images  {speed:8.1f} img/s  {facts}  left {_span(left)}")
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def event(self, event: str, *, images: int, **facts: Any) -> None:
+        """A line of events.jsonl."""
+        if not self.enabled:
+            return
+        line = {"event": event, "images": images, "attempt": self._attempt, "unix_time": round(time.time(), 3)} | facts
+        self._events.write(json.dumps(line) + "\n")
+        self._events.flush()
+
+    def grid(self, name: str, images: int, samples_NHWC: NDArray[np.uint8]) -> Path | None:
+        """A grid of pictures as PNG and in TensorBoard; `name` is the tag's second half. Returns the file."""
+        if not self.enabled:
+            return None
+        columns = int(np.ceil(np.sqrt(len(samples_NHWC))))
+        picture = pictures.grid(samples_NHWC, columns=columns)
+        path = self._samples / f"{name}-{images:012d}.png"
+        pictures.write_png(str(path), picture)
+        self._writer.add_image(f"samples/{name}", picture, global_step=images, dataformats="HWC")
+        return path
+
+    def flush(self) -> None:
+        """Makes everything so far readable by others."""
+        if self.enabled:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the files."""
+        if self.enabled:
+            self._bar.close()
+            self._writer.close()
+            self._metrics.close()
+            self._events.close()
+
+
+@contextmanager
+def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
+    """Yields what to call after each step: with `enabled`, steps 10 to 15 are traced for TensorBoard's profiler."""
+    if not enabled:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=8, warmup=2, active=5, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+    ) as profiler:
+        yield profiler.step
+
+
+def _set_aside(path: Path, *, resumed_at: int, attempt: int) -> None:
+    """Moves lines later than the checkpoint to a file of their own, so that each point is seen once."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    later: list[str] = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            images = json.loads(line)["images"]
+        except (ValueError, KeyError):  # the line that a killed process was writing
+            images = resumed_at + 1
+        (kept if images <= resumed_at else later).append(line)
+    if later:
+        aside = path.with_name(f"{path.stem}.before-attempt-{attempt:04d}{path.suffix}")
+        aside.write_text("".join(later))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+def _span(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

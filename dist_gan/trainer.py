@@ -1,0 +1,297 @@
+"""Builds the parts of a run in a fixed order, and runs the loop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_gan import __version__, storage
+from dist_gan.checkpoint import Checkpointer
+from dist_gan.config import PointsData, RunConfig, ShapesData
+from dist_gan.config_reader import config_hash, to_yaml
+from dist_gan.data import ImageStream, PointStream, Stream
+from dist_gan.data.embedded import data_url
+from dist_gan.data.manifest import read_manifest
+from dist_gan.draws import Draws
+from dist_gan.ema import GeneratorEMA
+from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
+from dist_gan.models import build_networks
+from dist_gan.objectives import AdversarialObjective
+from dist_gan.runtime import Runtime, Update
+from dist_gan.scalars import ScalarMeans
+from dist_gan.schedules import knobs_at
+from dist_gan.state import Progress, TrainState
+from dist_gan.step import Rules, train_step
+from dist_gan.tracker import Tracker, profiled
+from dist_gan.types import Scalars, TrainingFailed, UserError
+
+MODE_SAMPLES = 5_000
+"""Samples that the modes of the embedded data set are counted in."""
+
+
+class Run(NamedTuple):
+    """The parts of a run, built and resumed."""
+
+    config: RunConfig
+    runtime: Runtime
+    state: TrainState
+    objective: AdversarialObjective
+    draws: Draws
+    rules: Rules
+    checkpointer: Checkpointer
+    tracker: Tracker
+
+
+def build(config: RunConfig, runtime: Runtime, *, attempt: int) -> Run:
+    """Makes every part, in the order of the house, and puts the newest checkpoint into them.
+
+    Raises:
+        UserError: data, checkpoint and configuration do not belong together.
+    """
+    draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
+    networks = build_networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
+    generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
+    objective = AdversarialObjective(
+        config.objective, latent_dim=config.networks.latent_dim, penalties_apart=runtime.precision == "bf16"
+    )
+    state = TrainState(
+        generator=generator,
+        discriminator=discriminator,
+        ema=GeneratorEMA(generator.module),
+        stream=_stream(config, runtime, draws),
+        progress=Progress(memory=objective.initial_memory(runtime.device, runtime.dtype)),
+    )
+    rules = Rules(
+        batch=config.run.batch,
+        d_updates=config.run.d_updates,
+        micro_batch=config.runtime.micro_batch,
+        penalty_every=config.objective.penalty_every,
+        fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
+    )
+    checkpointer = Checkpointer(
+        storage.join(config.run.dir, "checkpoints"),
+        runtime=runtime,
+        keep=config.checkpoint.keep,
+        facts={
+            "dist_gan": __version__,
+            "attempt": attempt,
+            "config_hash": config_hash(config),
+            "config": to_yaml(config),
+        },
+    )
+    resumed_from, passed_over = _resume(config, checkpointer, state)
+    tracker = Tracker(
+        Path(config.run.dir),
+        enabled=runtime.is_main,
+        attempt=attempt,
+        total=config.run.images,
+        resumed_at=state.progress.images,
+        config_yaml=to_yaml(config),
+    )
+    for text in passed_over:
+        tracker.say(f"passed over a damaged checkpoint: {text}")
+    tracker.say(
+        f"attempt {attempt}: "
+        + (f"resumed from {resumed_from} at {state.progress.images:,} images" if resumed_from else "from scratch")
+    )
+    tracker.event(
+        "resume" if resumed_from else "start",
+        images=state.progress.images,
+        checkpoint=resumed_from,
+        passed_over=passed_over,
+        config_hash=config_hash(config),
+        **runtime.describe(),
+    )
+    return Run(config, runtime, state, objective, draws, rules, checkpointer, tracker)
+
+
+def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
+    slots, classes = runtime.slots(config.run.batch), config.networks.classes
+    if isinstance(config.data, PointsData):
+        return PointStream(config.data, classes=classes, slots=slots, draws=draws)
+    networks = config.networks
+    assert networks.kind != "mlp"
+    url = data_url(config)
+    return ImageStream(
+        url,
+        read_manifest(url),
+        section=config.data,
+        resolution=networks.resolution,
+        channels=networks.channels,
+        classes=classes,
+        batch=config.run.batch,
+        slots=slots,
+        draws=draws,
+    )
+
+
+def _resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> tuple[str | None, tuple[str, ...]]:
+    """Loads the checkpoint that the run goes on from; its URL if there is one, and the damaged ones passed over."""
+    wanted = config.run.resume
+    if wanted not in ("auto", "never"):
+        checkpointer.load(wanted, state.parts())
+        return wanted, ()
+    found = checkpointer.newest()
+    if found.url is None:
+        return None, ()
+    if wanted == "never":
+        raise UserError(
+            f"run.resume: 'never', but {config.run.dir} holds the checkpoint {found.url}; choose another run.dir, "
+            f"or run.resume=auto to go on from it"
+        )
+    checkpointer.load(found.url, state.parts())
+    return found.url, found.damaged
+
+
+def fit(run: Run) -> int:
+    """The loop: trains until `run.images` have been seen; returns the images seen.
+
+    Raises:
+        TrainingFailed: the gradients stay not finite, the replicas differ, data cannot be read or files not written.
+    """
+    config, runtime, state, tracker = run.config, run.runtime, run.state, run.tracker
+    progress, total = state.progress, config.run.images
+    scalars, clock = ScalarMeans(), Clock(progress, state.stream)
+    saved_at = progress.images if progress.images else -1
+    if progress.images == 0:
+        tracker.grid("real", 0, to_pictures(state.stream.preview(config.log.samples)))
+    with profiled(tracker.folder / "tensorboard", enabled=config.run.profile and runtime.is_main) as step_done:
+        while progress.images < total:
+            before = progress.images
+            knobs = knobs_at(before, config=config)
+            updates = train_step(
+                runtime, state, run.objective, run.draws, knobs, scalars, rules=run.rules
+            )  # fmt: skip
+            _watch_nonfinite(run, updates)
+            if clock.first_step():
+                runtime.shorten_timeout()
+            step_done()
+
+            now = progress.images
+            if _due(before, now, config.log.every, total) or _due(before, now, config.checkpoint.every, total):
+                values = scalars.flush(runtime) | _counters(progress) | _moving(knobs._asdict())
+                timing = clock.tick(runtime)
+                tracker.scalars(now, values, clock=timing)
+                tracker.progress(now, values, clock=timing)
+            if _due(before, now, config.log.samples_every, total):
+                _grid(run)
+            if _due(before, now, config.checkpoint.every, total):
+                _save(run)
+                saved_at = now
+    if saved_at != progress.images:
+        _save(run)
+    _finish(run)
+    return progress.images
+
+
+class Clock:
+    """Where the time goes, on this rank."""
+
+    def __init__(self, progress: Progress, stream: Stream) -> None:
+        self._progress, self._stream = progress, stream
+        self._images, self._since, self._waited = progress.images, time.perf_counter(), stream.waited_s
+        self._steps = 0
+
+    def first_step(self) -> bool:
+        """Whether the step just done was the first of this process."""
+        self._steps += 1
+        return self._steps == 1
+
+    def tick(self, runtime: Runtime) -> Scalars:
+        """Timing since the last tick; adds it to the run's seconds."""
+        now, images, waited = time.perf_counter(), self._progress.images, self._stream.waited_s
+        seconds = now - self._since
+        self._progress.seconds += seconds
+        values = {
+            "time/seconds": self._progress.seconds,
+            "time/images_per_second": (images - self._images) / seconds,
+            "time/data_wait_share": (waited - self._waited) / seconds,
+            "time/peak_memory_gib": runtime.peak_memory_bytes() / 2**30,
+        }
+        self._images, self._since, self._waited = images, now, waited
+        return values
+
+
+def _due(before: int, now: int, every: int, total: int) -> bool:
+    """Whether an interval ended in this step, or the run does."""
+    return before // every != now // every or now >= total
+
+
+def _counters(progress: Progress) -> Scalars:
+    return {f"skipped/{name}": float(count) for name, count in progress.skipped.items()}
+
+
+def _moving(knobs: Scalars) -> Scalars:
+    return {f"knobs/{name}": value for name, value in knobs.items()}
+
+
+def _watch_nonfinite(run: Run, updates: list[Update]) -> None:
+    """Reports skipped updates, and ends the run when one player has not moved for too long."""
+    progress, limit = run.state.progress, run.config.recovery.max_nonfinite
+    for update in updates:
+        if update.applied:
+            continue
+        assert update.culprit is not None
+        player = update.culprit.split("/", 1)[0].split(" ", 1)[0]
+        count, in_a_row = progress.skipped[player], progress.skipped_in_a_row[player]
+        if count & (count - 1) == 0:
+            run.tracker.say(f"skipped an update of the {player}: the gradient of {update.culprit} is not finite")
+            run.tracker.event(
+                "skipped_update", images=progress.images, player=player, tensor=update.culprit, skipped=count
+            )
+        if in_a_row >= limit:
+            reason = (
+                f"training failed at {progress.images:,} images: {in_a_row} updates of the {player} in a row had a "
+                f"gradient that is not finite, first in {update.culprit}; lower the learning rate or raise the "
+                f"penalties, then start anew in another run.dir or from an earlier checkpoint with run.resume"
+            )
+            run.tracker.event("failure", images=progress.images, phenomenon="nonfinite", reason=reason)
+            raise TrainingFailed(reason)
+
+
+def _grid(run: Run) -> None:
+    if run.runtime.is_main:
+        config = run.config
+        pictures = fixed_grid(
+            run.state.ema.module, run.draws, count=config.log.samples, classes=config.networks.classes
+        )
+        run.tracker.grid("generated", run.state.progress.images, pictures)
+
+
+def _save(run: Run) -> None:
+    began = time.perf_counter()
+    images = run.state.progress.images
+    url = run.checkpointer.save(images, run.state.parts())
+    run.tracker.event("checkpoint", images=images, url=url, seconds=round(time.perf_counter() - began, 3))
+    run.tracker.flush()
+
+
+def _finish(run: Run) -> None:
+    """The last event, and what to look at and type next."""
+    config, tracker, progress = run.config, run.tracker, run.state.progress
+    facts: dict[str, float | int] = {}
+    if isinstance(config.data, ShapesData):
+        facts = count_modes(
+            run.state.ema.module, run.draws, run.runtime, samples=MODE_SAMPLES, classes=config.networks.classes
+        )
+        tracker.scalars(
+            progress.images, {f"metric/{name}": float(value) for name, value in facts.items()}, clock={}
+        )  # fmt: skip
+    tracker.event("end", images=progress.images, seconds=round(progress.seconds, 1), **facts)
+    folder = Path(config.run.dir)
+    if facts:
+        tracker.say(
+            f"modes: {facts['modes_covered']} of {facts['modes_total']} covered, the rarest at "
+            f"{100 * facts['smallest_share']:.0f}% of its fair share; {100 * facts['valid_fraction']:.1f}% of "
+            f"{MODE_SAMPLES:,} samples are valid"
+        )
+    newest = run.checkpointer.newest().url
+    tracker.say(
+        f"finished: {progress.images:,} images in {progress.seconds:.0f} s\n"
+        f"  samples      {folder / 'samples' / f'generated-{progress.images:012d}.png'}\n"
+        f"  TensorBoard  tensorboard --logdir {folder / 'tensorboard'}\n"
+        f"  checkpoint   {newest}\n"
+        f"  next         dist-gan sample {folder} samples.png\n"
+        f"               dist-gan export {folder} generator"
+    )

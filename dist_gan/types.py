@@ -1,0 +1,105 @@
+"""The values that rooms hand to one another, and the exceptions that end a run.
+
+Shape legend, used as a suffix on tensor names: B batch, C channels, H height, W width, Z latent, K classes, N flat.
+Images are float in [-1, 1] once the stream has put them on the device; they travel as uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Scalars = dict[str, float]
+"""Numbers that have been reduced: equal on every rank."""
+
+Network = Callable[..., Tensor]
+"""What a turn yields: `G(latents_BZ, labels_B) -> images_BCHW`, `D(images_BCHW, labels_B) -> logits_B`."""
+
+
+class Batch(NamedTuple):
+    """This rank's part of one global batch."""
+
+    images: Tensor
+    """Real images, float, BCHW in [-1, 1]; or BN points for data that are no pictures."""
+    labels: Tensor | None
+    """Class of each image, int64, B; None where the data have no labels."""
+    slots: Tensor
+    """Place of each image in the global batch, int64, B, on the CPU."""
+    keys: tuple[str, ...]
+    """Name of each image in its shards."""
+    draw: int
+    """Number of the global batch since the start of the run."""
+
+
+class Losses(NamedTuple):
+    """What an objective hands back."""
+
+    total: Tensor
+    """Scalar to be minimised by the active player."""
+    terms: dict[str, Tensor]
+    """Detached scalars for the log, each a mean over the batch."""
+    observed: dict[str, Tensor]
+    """Detached batch means that the objective's memory is moved by, reduced over ranks first."""
+
+
+class Knobs(NamedTuple):
+    """Every setting that may change while training, at one moment."""
+
+    g_lr: float
+    d_lr: float
+    g_beta2: float
+    d_beta2: float
+    r1_gamma: float
+    r2_gamma: float
+    gradient_penalty: float
+    instance_noise: float
+    ema_half_life: float
+
+
+class Networks(NamedTuple):
+    """The two players before anybody has wrapped them."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Whatever must survive a restart: tensors by name, and JSON values by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors by name; loading writes into the same places."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """JSON values by name."""
+        ...
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Takes back what `values` gave."""
+        ...
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: place, value and remedy in one sentence. Exit code 2."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training failed and the same command would fail again. Exit code 3."""
+
+
+def unit_range(images_uint8: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bytes 0..255 as floats in [-1, 1]."""
+    return images_uint8.to(dtype).div_(127.5).sub_(1.0)
+
+
+def byte_range(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] as bytes 0..255, rounded; what lies outside is clamped."""
+    return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

@@ -72,22 +72,34 @@ def load_generator(url: str) -> nn.Module:
     Raises:
         UserError: the folder holds no exported generator.
     """
+    generator = build_generator(section_of(url))
+    try:
+        data = storage.read(storage.join(url, "model.safetensors"))
+        tensors = tensorfile.from_bytes(data, name="model.safetensors")
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"{storage.redact(url)}: the weights cannot be read ({error}); export the generator again"
+        ) from error
+    _load(generator, tensors, place=url)
+    return generator
+
+
+def section_of(url: str) -> Any:
+    """The networks section of an exported generator.
+
+    Raises:
+        UserError: the folder holds no exported generator.
+    """
+    place = storage.redact(url)
     try:
         facts = json.loads(storage.read(storage.join(url, "config.json")))
         if not isinstance(facts, dict) or facts.get("format") != "dist_gan.generator":
-            raise UserError(f"{storage.redact(url)}: config.json is not that of an exported generator")
-        section = TypeAdapter(NetworksSection).validate_python(facts["networks"])
-        data = storage.read(storage.join(url, "model.safetensors"))
-        tensors = tensorfile.from_bytes(data, name="model.safetensors")
+            raise UserError(f"{place}: config.json is not that of an exported generator")
+        return TypeAdapter(NetworksSection).validate_python(facts["networks"])
     except FileNotFoundError as error:
-        raise UserError(
-            f"{storage.redact(url)}: holds no exported generator ({error}); make one with `dist-gan export RUN DEST`"
-        ) from error
+        raise UserError(f"{place}: holds no exported generator; make one with `dist-gan export RUN DEST`") from error
     except (ValidationError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{storage.redact(url)}: config.json cannot be read ({str(error).splitlines()[0]})") from error
-    generator = build_generator(section)
-    _load(generator, tensors, place=url)
-    return generator
+        raise UserError(f"{place}: config.json cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def _load(generator: nn.Module, tensors: dict[str, Tensor], *, place: str) -> None:

@@ -95,8 +95,8 @@ class Player:
         """Takes back what `full_tensors` gave, from any strategy; names must match exactly."""
         own = {f"weights/{name}": p for name, p in self._parameters.items()}
         own |= {f"buffers/{name}": b for name, b in self.module.named_buffers()}
-        moments = {name for name in tensors if name.startswith("optimizer/")}
-        missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - moments
+        moments = sorted(name for name in tensors if name.startswith("optimizer/"))
+        missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - set(moments)
         if missing or unknown:
             raise ValueError(f"{self.name}: tensors missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}")
         for name, place in own.items():

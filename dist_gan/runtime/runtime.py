@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -35,6 +36,8 @@ class Runtime:
         self.precision = resolve_precision(section)
         self._set_threads()
         self._accelerator = Accelerator(
+            # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
+            cpu=not torch.cuda.is_available(),
             mixed_precision="no",
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -44,6 +47,8 @@ class Runtime:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        assert self.world_size == launched, f"{launched} processes were launched, {self.world_size} found each other"
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         timeout = timedelta(seconds=section.start_timeout_s)
         self._control = self._writer = None
@@ -87,7 +92,10 @@ class Runtime:
             ("discriminator", networks.discriminator, d_optim),
         ):
             module = module.to(device=self.device, dtype=self.dtype)
-            wrapped = self._accelerator.prepare_model(module)
+            with warnings.catch_warnings():
+                # torch 2.13 renames broadcast_buffers; accelerate knows the old name only, and torch 2.11 too.
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+                wrapped = self._accelerator.prepare_model(module)
             players.append(Player(name, module, wrapped, section=section))
         return players[0], players[1]
 
@@ -199,7 +207,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return
-        hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+        hashes = {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
         total = hashlib.sha256("".join(f"{n}{h}" for n, h in hashes.items()).encode()).hexdigest()
         if len(set(self.gather_json(total))) == 1:
             return

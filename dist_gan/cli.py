@@ -1,0 +1,219 @@
+"""The `dist-gan` command: what is done with images before a run, and with checkpoints after it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dist_gan import storage
+from dist_gan.types import TrainingFailed, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; exit code 0, or 2 with one sentence for a mistake, or 3 where a disk or store failed."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"dist-gan: {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"dist-gan: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("dist-gan: stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dist-gan", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    pack = commands.add_parser("pack", help="images (folder, zip or npz) into WebDataset shards with a manifest")
+    pack.add_argument("source", help="folder tree, zip, or npz with `images` and `labels`")
+    pack.add_argument("dest", help="new folder for the shards")
+    pack.add_argument("--resolution", type=int, help="side in pixels, a power of two; default: that of the images")
+    pack.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour; default: that of the images")
+    pack.add_argument("--upscale", action="store_true", help="enlarge images that are smaller than --resolution")
+    pack.add_argument("--pad", action="store_true", help="centre smaller images on black instead")
+    pack.add_argument("--no-labels", action="store_true", help="folders are no classes")
+    pack.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and count them")
+    pack.add_argument("--samples-per-shard", type=int, default=None, help="images a shard")
+    pack.add_argument("--workers", type=int, default=None, help="processes; default: the cores")
+    pack.set_defaults(run=_pack)
+
+    index = commands.add_parser("index", help="a manifest for shards that others wrote")
+    index.add_argument("url", help="folder of the shards")
+    index.add_argument("--label-key", default=None, help="key of the .json member that holds the class number")
+    index.add_argument("--force", action="store_true", help="replace a manifest that is there")
+    index.set_defaults(run=_index)
+
+    verify = commands.add_parser("verify", help="checks every byte of shards or of a checkpoint")
+    verify.add_argument("url", help="folder of shards, a checkpoint, or a run folder")
+    verify.add_argument("--no-decode", action="store_true", help="do not decode the images")
+    verify.set_defaults(run=_verify)
+
+    sample = commands.add_parser("sample", help="pictures from a run, a checkpoint or an exported generator")
+    sample.add_argument("url", help="run folder, checkpoint, or exported generator")
+    sample.add_argument("dest", help="a .png for a grid, else a folder for single PNGs")
+    sample.add_argument("--count", type=int, default=64, help="pictures")
+    sample.add_argument("--seed", type=int, default=0, help="other pictures")
+    sample.add_argument("--label", type=int, default=None, help="class of all pictures")
+    sample.add_argument(
+        "--interpolate", type=int, default=0, metavar="STEPS", help="rows that walk from latent to latent"
+    )
+    sample.set_defaults(run=_sample)
+
+    export = commands.add_parser("export", help="the averaged generator as model.safetensors and config.json")
+    export.add_argument("url", help="run folder or checkpoint")
+    export.add_argument("dest", help="new folder")
+    export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="what is in a run, a checkpoint, a set of shards or a generator")
+    inspect.add_argument("url")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from dist_gan.data.pack import pack
+    from dist_gan.data.sources import open_source
+
+    extra = {} if options.samples_per_shard is None else {"samples_per_shard": options.samples_per_shard}
+    manifest = pack(
+        open_source(options.source),
+        options.dest,
+        resolution=options.resolution,
+        channels=options.channels,
+        upscale=options.upscale,
+        pad=options.pad,
+        labels=not options.no_labels,
+        skip_bad=options.skip_bad,
+        workers=options.workers,
+        **extra,
+    )
+    _describe_shards(options.dest, manifest)
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from dist_gan.data.indexing import index
+
+    storage.check_url(options.url, place="URL")
+    _describe_shards(options.url, index(options.url, label_key=options.label_key, force=options.force))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dist_gan import checkpoint_format
+    from dist_gan.data.indexing import verify
+    from dist_gan.export import newest_checkpoint
+
+    storage.check_url(options.url, place="URL")
+    if storage.exists(storage.join(options.url, "checkpoints")) or storage.exists(storage.join(options.url, "COMMIT")):
+        place = newest_checkpoint(options.url)
+        problems = checkpoint_format.verify(place)
+        subject = place
+    else:
+        problems = verify(options.url, decode=not options.no_decode)
+        subject = storage.redact(options.url)
+    for problem in problems:
+        print(problem)
+    print(f"{subject}: {f'{len(problems)} problems' if problems else 'everything is as it should be'}")
+    return 3 if problems else 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from dist_gan.sampling import write_samples
+
+    storage.check_url(options.url, place="URL")
+    for line in write_samples(
+        options.url,
+        options.dest,
+        count=options.count,
+        seed=options.seed,
+        label=options.label,
+        steps=options.interpolate,
+    ):
+        print(line)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dist_gan.export import export_generator
+
+    storage.check_url(options.url, place="URL")
+    export_generator(options.url, options.dest)
+    print(f"{options.dest}: dist_gan.load_generator({options.dest!r}) gives the generator")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dist_gan import checkpoint_format
+    from dist_gan.data.manifest import read_manifest
+
+    url = storage.check_url(options.url, place="URL")
+    names = set(storage.list_names(url))
+    if "COMMIT" in names:
+        _describe_checkpoint(checkpoint_format.read_manifest(url))
+    elif "config.yaml" in names or "checkpoints" in names:
+        _describe_run(url)
+    elif "model.safetensors" in names and "config.json" in names:
+        print(storage.read(storage.join(url, "config.json")).decode().strip())
+    elif "manifest.json" in names:
+        _describe_shards(url, read_manifest(url))
+    else:
+        raise UserError(
+            f"{storage.redact(url)}: neither a run, nor a checkpoint, nor shards with a manifest, nor an exported generator"
+        )
+    return 0
+
+
+def _describe_shards(url: str, manifest: Any) -> None:
+    side = f"{manifest.resolution}x{manifest.resolution}" if manifest.resolution else "of several sizes"
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{storage.redact(url)}: {manifest.num_samples:,} images {side}, {'colour' if manifest.channels == 3 else 'grey'}"
+    )
+    print(f"  {len(manifest.shards)} shards, {size / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:16]}")
+    if manifest.classes is None:
+        print("  no labels")
+    else:
+        pairs = zip(manifest.classes, manifest.class_counts, strict=True)
+        print(f"  {len(manifest.classes)} classes: " + ", ".join(f"{name} {count:,}" for name, count in pairs))
+
+
+def _describe_checkpoint(manifest: dict[str, Any]) -> None:
+    size = sum(f["bytes"] for f in manifest["files"].values())
+    print(f"checkpoint {manifest['serial']}: {manifest['images']:,} images, attempt {manifest['attempt']}")
+    print(f"  {len(manifest['tensors'])} tensors in {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    print(f"  written by {manifest['world_size']} ranks, dist_gan {manifest['dist_gan']}, torch {manifest['torch']}")
+    print(f"  progress {json.dumps(manifest['values']['progress'])}")
+
+
+def _describe_run(url: str) -> None:
+    from dist_gan import checkpoint_format
+
+    outcome = storage.join(url, "outcome.json")
+    if storage.exists(outcome):
+        facts = json.loads(storage.read(outcome))
+        print(f"outcome: {facts['outcome']} (code {facts['code']}) {facts['reason']}".rstrip())
+    else:
+        print("outcome: none yet; the run lives, or was killed")
+    metrics = storage.join(url, "metrics.jsonl")
+    if storage.exists(metrics) and (lines := storage.read(metrics).decode().strip().splitlines()):
+        print(f"last line of metrics: {lines[-1]}")
+    for _, name in checkpoint_format.listed(storage.join(url, "checkpoints")):
+        place = storage.join(url, "checkpoints", name)
+        committed = storage.exists(storage.join(place, "COMMIT"))
+        print(f"{place}{'' if committed else ' (never committed)'}")
+    found = checkpoint_format.newest(storage.join(url, "checkpoints"))
+    if found.url is not None:
+        _describe_checkpoint(checkpoint_format.read_manifest(found.url))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -115,7 +115,7 @@ def open_read(url: str) -> BinaryIO:
 
 
 def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
-    """Bytes of each named file in a folder, None for one that is not there; one listing where the store has listings."""
+    """Bytes of each named file in a folder, None for one that is not there; by one listing where there are listings."""
     if scheme_of(url) in ("http", "https"):
         return {name: _size_or_none(join(url, name)) for name in names}
     filesystem, path = _filesystem(url)

@@ -1,0 +1,147 @@
+"""Jobs handed out to a few processes, whose death, errors and interruption all end in one exception here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection as pipes
+from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, Self, TypeVar
+
+from dist_gan.types import TrainingFailed, UserError
+
+Context = TypeVar("Context")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Tell = Callable[[int], object]
+"""Says that so many more units of a job are done."""
+Work = Callable[[Context, Job, Tell], Result]
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers(Generic[Context]):
+    """A few processes that are given jobs; a context manager whose end is theirs.
+
+    With one worker everything happens in the caller and no process is made. Processes are spawned when the first
+    jobs come, and stay for the next run.
+
+    Args:
+        context: what every job needs; pickled once a process.
+        count: of processes.
+    """
+
+    def __init__(self, context: Context, *, count: int) -> None:
+        assert count > 0
+        self._context = context
+        self._count = count
+        self._processes: dict[pipes.Connection, SpawnProcess] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for pipe, process in self._processes.items():
+            process.join()
+            pipe.close()
+        self._processes.clear()
+
+    def run(self, work: Work[Context, Job, Result], jobs: Iterable[Job], *, tell: Tell) -> Iterator[Result]:
+        """Results of `work(context, job, tell)` in the order of their completion.
+
+        `work` is a function of a module, or a partial of one. A job is taken from `jobs` only when it is started.
+
+        Raises:
+            UserError, TrainingFailed: as `work` raised it, or a process died.
+        """
+        if self._count == 1:
+            for job in jobs:
+                yield work(self._context, job, tell)
+            return
+        waiting = iter(jobs)
+        busy: set[pipes.Connection] = set()
+        for place, job in zip(range(self._count), waiting, strict=False):
+            pipe = self._process(place)
+            _send(pipe, self._processes[pipe], (work, job))
+            busy.add(pipe)
+        while busy:
+            ready = pipes.wait(list(busy))
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                kind, value = _receive(pipe, self._processes[pipe])
+                if kind == "tell":
+                    tell(value)
+                    continue
+                busy.discard(pipe)
+                yield value
+                for job in waiting:
+                    _send(pipe, self._processes[pipe], (work, job))
+                    busy.add(pipe)
+                    break
+
+    def _process(self, place: int) -> pipes.Connection:
+        """The pipe to a process, spawned if it is the first time."""
+        if place < len(self._processes):
+            return list(self._processes)[place]
+        # Spawned and not forked: the caller may hold threads and locks, as a trainer does.
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, self._context), name="dist-gan-data")
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+
+def _send(pipe: pipes.Connection, process: SpawnProcess, job: object) -> None:
+    try:
+        pipe.send(job)
+    except OSError as error:
+        raise _death(process) from error
+
+
+def _receive(pipe: pipes.Connection, process: SpawnProcess) -> tuple[str, Any]:
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, OSError) as error:
+        raise _death(process) from error
+    if kind == "error":
+        raise value
+    return kind, value
+
+
+def _death(process: SpawnProcess) -> TrainingFailed:
+    process.join(timeout=5)
+    return TrainingFailed(
+        f"a process that worked on the data died (exit code {process.exitcode}; -9 is often a lack of memory); "
+        f"start the same command again to go on, with fewer workers if it was memory"
+    )
+
+
+def _serve(pipe: pipes.Connection, context: Any) -> None:
+    # Ctrl-C reaches the whole group; the parent decides and terminates.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        while True:
+            work, job = pipe.recv()
+            try:
+                result = work(context, job, lambda count: pipe.send(("tell", count)))
+            except (UserError, TrainingFailed) as error:
+                pipe.send(("error", error))
+                return
+            except BrokenPipeError:
+                raise
+            except Exception:
+                pipe.send(("error", RuntimeError(f"in a data process:\n{traceback.format_exc()}")))
+                return
+            pipe.send(("result", result))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The parent is gone.
+        return

@@ -1,0 +1,275 @@
+"""Where images come from before they are packed: a folder, a zip, an npz, or arrays in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dist_gan import storage
+from dist_gan.data.listing import Entry, File, list_images, numbered_classes
+from dist_gan.types import UserError
+
+Pixels = NDArray[np.uint8]
+
+
+class Reader(Protocol):
+    """Gets at images in any process: small to pickle, opened when first used."""
+
+    def open(self, entry: Entry) -> BinaryIO | Pixels:
+        """The image file at its first byte, to be closed; or pixels HWC. Raises OSError or zipfile.BadZipFile."""
+        ...
+
+
+class Source(Protocol):
+    """Images with keys, and with labels or without."""
+
+    place: str
+    """Where it is, for messages."""
+    entries: tuple[Entry, ...]
+    """Sorted by key."""
+    classes: tuple[str, ...] | None
+    """Names by label; None where there are no labels."""
+    notes: tuple[str, ...]
+    """What was passed over, in sentences."""
+    identity: str
+    """A hash of contents where it costs nothing, beside names and sizes."""
+    reader: Reader
+
+
+def open_source(path: str) -> Source:
+    """The source at a local path: a folder, a `.zip` or an `.npz`.
+
+    Raises:
+        UserError: nothing there, something else there, or mistakes inside.
+    """
+    local = storage.local_path(path)
+    if local is None:
+        raise UserError(f"{storage.redact(path)}: images are packed from local files only; copy them to a disk first")
+    if local.is_dir():
+        return FolderSource(str(local))
+    if not local.exists():
+        raise UserError(f"{path}: not there; give a folder of images, a .zip or an .npz (now in {Path.cwd()})")
+    if local.suffix.lower() == ".zip":
+        return ZipSource(str(local))
+    if local.suffix.lower() == ".npz":
+        return NpzSource(str(local))
+    raise UserError(f"{path}: a file of this kind cannot be packed; give a folder of images, a .zip or an .npz")
+
+
+class FolderSource:
+    """Image files in a folder, with a folder for each class or none.
+
+    Raises:
+        UserError: no images, or mistakes in the tree.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.place = path
+        root = Path(path)
+        files: list[File] = []
+        folders: list[str] = []
+        try:
+            _walk(root, "", files, folders)
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: cannot be read: {storage.why(error)}") from error
+        listing = list_images(files, folders, place=path, read=lambda name: (root / name).read_bytes())
+        self.entries, self.classes, self.notes = listing.entries, listing.classes, listing.notes
+        self.identity = ""
+        self.reader: Reader = _FolderReader(str(root.absolute()))
+
+
+class ZipSource:
+    """Image files in a zip, with a folder for each class, StyleGAN's `dataset.json`, or neither.
+
+    Raises:
+        UserError: no zip, a damaged or encrypted one, no images, or mistakes in the tree.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.place = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+                locked = next((m.filename for m in members if m.flag_bits & 1), None)
+                if locked is not None:
+                    raise UserError(f"{path}: {locked!r} is encrypted; unpack the zip and give the folder")
+                listing = list_images(
+                    [File(m.filename, m.file_size) for m in members if not m.is_dir()],
+                    sorted(_folders_of(m.filename for m in members)),
+                    place=path,
+                    read=archive.read,
+                )
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path}: is not a whole zip ({error}); download or copy it again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {storage.why(error)}") from error
+        self.entries, self.classes, self.notes = listing.entries, listing.classes, listing.notes
+        self.identity = hashlib.sha256(repr(sorted((m.filename, m.CRC) for m in members)).encode()).hexdigest()
+        self.reader: Reader = _ZipReader(str(Path(path).absolute()))
+
+
+class ArraySource:
+    """Images in memory.
+
+    Args:
+        images: NHWC uint8, 1 or 3 channels; or NHW for grey.
+        labels: whole numbers, N, or None.
+        class_names: name of each class; numbers where not given.
+        place: name for messages.
+
+    Raises:
+        UserError: shapes, types or labels that do not fit together.
+    """
+
+    def __init__(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        place: str = "arrays",
+    ) -> None:
+        self.place = place
+        self.notes: tuple[str, ...] = ()
+        pixels = _check_pixels(np.asarray(images), place)
+        names = None if class_names is None else tuple(class_names)
+        numbers = None if labels is None else _check_labels(np.asarray(labels), len(pixels), names, place)
+        self.classes = None if numbers is None else names or numbered_classes(numbers)
+        size = pixels[0].nbytes
+        self.entries = tuple(
+            Entry(key=f"{row:08d}", label=None if numbers is None else numbers[row], member=str(row), size=size)
+            for row in range(len(pixels))
+        )
+        self.identity = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+        self.reader: Reader = _ArrayReader(pixels)
+
+
+class NpzSource(ArraySource):
+    """An `.npz` with `images` (N, H, W) or (N, H, W, C) uint8, and perhaps `labels` (N); nothing is unpickled.
+
+    Raises:
+        UserError: no whole npz, or arrays that are not these.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                if not isinstance(arrays, np.lib.npyio.NpzFile):
+                    raise UserError(f"{path}: holds one bare array; write it with numpy.savez(path, images=...)")
+                if "images" not in arrays:
+                    found = ", ".join(arrays.files) or "nothing"
+                    raise UserError(f"{path}: no array 'images' in it (found: {found}); rename the array of pixels")
+                images = arrays["images"]
+                labels = arrays.get("labels")
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {storage.why(error)}") from error
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: is not a whole npz of plain numbers ({error}); write it again") from error
+        super().__init__(images, labels, place=path)
+        self.reader = _NpzReader(str(Path(path).absolute()))
+
+
+class _FolderReader:
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def open(self, entry: Entry) -> BinaryIO:
+        return open(os.path.join(self._root, entry.member), "rb")
+
+
+class _ZipReader:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._archive: zipfile.ZipFile | None = None
+
+    def open(self, entry: Entry) -> BinaryIO:
+        if self._archive is None:
+            self._archive = zipfile.ZipFile(self._path)
+        return cast(BinaryIO, self._archive.open(entry.member))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_archive": None}
+
+
+class _ArrayReader:
+    def __init__(self, images: Pixels) -> None:
+        self._images = images
+
+    def open(self, entry: Entry) -> Pixels:
+        return self._images[int(entry.member)]
+
+
+class _NpzReader:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._images: Pixels | None = None
+
+    def open(self, entry: Entry) -> Pixels:
+        if self._images is None:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                self._images = _with_channel_axis(arrays["images"])
+        return self._images[int(entry.member)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_images": None}
+
+
+def _walk(folder: Path, prefix: str, files: list[File], folders: list[str]) -> None:
+    with os.scandir(folder) as found:
+        for item in sorted(found, key=lambda item: item.name):
+            path = f"{prefix}{item.name}"
+            if item.is_dir():
+                folders.append(path)
+                _walk(Path(item.path), f"{path}/", files, folders)
+            elif stat.S_ISREG(item.stat().st_mode):
+                files.append(File(path, item.stat().st_size))
+
+
+def _folders_of(names: Iterator[str]) -> set[str]:
+    folders: set[str] = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return folders
+
+
+def _with_channel_axis(images: NDArray[Any]) -> NDArray[Any]:
+    return images[..., None] if images.ndim == 3 else images
+
+
+def _check_pixels(images: NDArray[Any], place: str) -> Pixels:
+    wanted = "it must be uint8 with shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+    if images.dtype != np.uint8:
+        raise UserError(f"{place}: 'images' has the type {images.dtype}; {wanted}")
+    pixels = _with_channel_axis(images)
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+        hint = "; the channels come last" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
+        raise UserError(f"{place}: 'images' has the shape {images.shape}; {wanted}{hint}")
+    if not pixels.size:
+        raise UserError(f"{place}: 'images' has the shape {images.shape}, so there are no images; {wanted}")
+    return pixels
+
+
+def _check_labels(labels: NDArray[Any], count: int, classes: tuple[str, ...] | None, place: str) -> list[int]:
+    if labels.shape not in ((count,), (count, 1)) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{place}: 'labels' has the shape {labels.shape} and the type {labels.dtype}; it must hold one whole "
+            f"number for each of the {count:,} images"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    limit = len(classes) if classes is not None else 2**20
+    if low < 0 or high >= limit:
+        raise UserError(f"{place}: 'labels' reaches from {low} to {high}; labels are numbers from 0 to {limit - 1:,}")
+    return [int(label) for label in labels.reshape(-1)]

@@ -167,6 +167,10 @@ class DCGANNetworks(Section):
     """Normalisation in the generator."""
     d_norm: Literal["batch", "none"] = "batch"
     """Normalisation in the discriminator; gradient penalties are defined for `none`."""
+    g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
+    """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
+    d_stddev: Annotated[Count, Field(ge=0)] = 0
+    """Images of a group whose spread the discriminator sees (minibatch standard deviation); 0 for none."""
 
 
 class MLPNetworks(Section):

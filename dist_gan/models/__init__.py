@@ -31,6 +31,7 @@ def build_generator(section: AnyNetworks) -> nn.Module:
                 classes=section.classes,
                 width=section.g_width,
                 norm=section.g_norm,
+                mapping=section.g_mapping,
             )
         case MLPNetworks():
             return mlp.Generator(
@@ -55,6 +56,7 @@ def build_discriminator(section: AnyNetworks) -> nn.Module:
                 classes=section.classes,
                 width=section.d_width,
                 norm=section.d_norm,
+                stddev_group=section.d_stddev,
             )
         case MLPNetworks():
             return mlp.Discriminator(classes=section.classes, width=section.width, depth=section.depth)

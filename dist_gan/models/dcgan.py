@@ -4,18 +4,24 @@ Generator: a 4x4 transposed convolution of the latent, then 4x4 stride-2 stages;
 Discriminator: the mirror image with LeakyReLU 0.2. With `batch` norm it is the paper's network: weights N(0, 0.02),
 no norm at the generator's output and the discriminator's input, no bias before a norm. With `none` the weights are
 He-normal instead (He et al. 2015), since nothing rescales the activations.
+
+Two additions from StyleGAN are options: dense layers before the first stage (Karras et al. 2019, section 2), and the
+minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3).
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
 
 Norm = Literal["batch", "none"]
+MAPPING_WIDTH = 128
 
 
 def _widths(width: int, *, resolution: int) -> list[int]:
@@ -47,6 +53,25 @@ def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: flo
     nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (1.0 + slope**2) / fan_in))
 
 
+class MinibatchStdDev(nn.Module):
+    """Joins the spread within groups of images to their features, as one more channel: BCHW -> B(C+1)HW.
+
+    The standard deviation over the group, averaged over channels (Karras et al. 2018, section 3); a group is every
+    (B / group)-th image. What an image gets thus depends on the images of the same process and micro-batch.
+    """
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        batch, channels, height, width = features_BCHW.shape
+        group = math.gcd(batch, self.group)
+        grouped = features_BCHW.reshape(group, batch // group, channels, height, width)
+        spread = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=1, keepdim=True)
+        return torch.cat((features_BCHW, spread.repeat(group, 1, 1, 1)), dim=1)
+
+
 class Generator(nn.Module):
     """BZ -> B x channels x resolution x resolution in [-1, 1]."""
 
@@ -59,13 +84,18 @@ class Generator(nn.Module):
         classes: int = 0,
         width: int = 64,
         norm: Norm = "batch",
+        mapping: int = 0,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
+        dense = [self.label.out_dim] + mapping * [MAPPING_WIDTH]
+        self.mapping = nn.Sequential(
+            *(layer for a, b in pairwise(dense) for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2)))
+        )
         widths = _widths(width, resolution=resolution)[::-1]
         stages: list[nn.Module] = []
-        previous = self.label.out_dim
+        previous = dense[-1]
         for index, out in enumerate(widths):
             stride, padding = (1, 0) if index == 0 else (2, 1)
             stages.append(nn.ConvTranspose2d(previous, out, 4, stride, padding, bias=norm == "none"))
@@ -76,7 +106,7 @@ class Generator(nn.Module):
         _initialise(self, norm=norm, slope=0.2)
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        return self.stages(self.label(latents_BZ, labels_B)[:, :, None, None])
+        return self.stages(self.mapping(self.label(latents_BZ, labels_B))[:, :, None, None])
 
 
 class Discriminator(nn.Module):
@@ -94,6 +124,7 @@ class Discriminator(nn.Module):
         classes: int = 0,
         width: int = 64,
         norm: Norm = "batch",
+        stddev_group: int = 0,
     ) -> None:
         super().__init__()
         widths = _widths(width, resolution=resolution)
@@ -105,8 +136,10 @@ class Discriminator(nn.Module):
             stages += [nn.BatchNorm2d(out)] if normed else []
             stages.append(nn.LeakyReLU(0.2))
             previous = out
+        stages += [MinibatchStdDev(stddev_group)] if stddev_group else []
         self.stages = nn.Sequential(*stages, nn.Flatten())
-        self.head = ProjectionHead(features=16 * previous, classes=classes)
+        features = 16 * (previous + (1 if stddev_group else 0))
+        self.head = ProjectionHead(features=features, classes=classes)
         _initialise(self, norm=norm, slope=0.2)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 _NUMBER = re.compile(r"([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?")
 _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -47,13 +47,21 @@ class Ramp(Section):
     """A setting that moves with the images seen, then stays."""
 
     start: Real
-    """Value at image 0."""
+    """Value until `begin`."""
     end: Real
     """Value from `images` on."""
     images: Annotated[Count, Field(gt=0)]
-    """Images seen until `end` is reached."""
+    """Images seen when `end` is reached."""
+    begin: Annotated[Count, Field(ge=0)] = 0
+    """Images seen when the value begins to move."""
     shape: Literal["linear", "cosine"] = "linear"
     """Straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
+
+    @model_validator(mode="after")
+    def _moves_forward(self) -> Self:
+        if self.begin >= self.images:
+            raise ValueError(f"a ramp that begins before it ends: begin {self.begin} is not below images {self.images}")
+        return self
 
 
 def _number_or_ramp(value: Any) -> str:

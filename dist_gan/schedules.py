@@ -11,11 +11,12 @@ from dist_gan.types import Knobs
 def at(knob: Knob, images: int) -> float:
     """Value of a number or ramp when `images` have been seen.
 
-    The cosine is v(n) = end + (start - end) (1 + cos(pi n / N)) / 2 (R3GAN, Huang et al. 2024), constant after N.
+    The cosine is v(n) = end + (start - end) (1 + cos(pi n / N)) / 2 (R3GAN, Huang et al. 2024), constant after N; with
+    `begin`, n and N count from there.
     """
     if not isinstance(knob, Ramp):
         return float(knob)
-    progress = min(images / knob.images, 1.0)
+    progress = min(max(images - knob.begin, 0) / (knob.images - knob.begin), 1.0)
     weight = 1.0 - progress if knob.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return knob.end + (knob.start - knob.end) * weight
 

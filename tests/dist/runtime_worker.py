@@ -1,0 +1,99 @@
+"""What only several processes can show, reported by every rank into a folder: runtime_worker.py SHARDS OUT."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dist_gan.config import AdamSection, DCGANNetworks, ObjectiveSection, RuntimeSection, ShardsData
+from dist_gan.data.manifest import read_manifest
+from dist_gan.data.stream import ImageStream
+from dist_gan.draws import Draws
+from dist_gan.ema import GeneratorEMA
+from dist_gan.models import build_networks
+from dist_gan.objectives import AdversarialObjective
+from dist_gan.runtime import Runtime
+from dist_gan.scalars import ScalarMeans
+from dist_gan.schedules import knobs_at
+from dist_gan.state import Progress, TrainState
+from dist_gan.step import Rules, train_step
+from dist_gan.types import Batch, TrainingFailed
+from tests.dist.cases import cases
+
+
+class Poisoned(ImageStream):
+    """A stream with one image that is not a number, on one rank, in one draw."""
+
+    poisoned_rank_here = False
+
+    def next(self) -> Batch:
+        batch = super().next()
+        if self.poisoned_rank_here and batch.draw == 3:
+            batch.images[0, 0, 0, 0] = float("nan")
+        return batch
+
+
+def main(shards: str, out: Path) -> None:
+    runtime = Runtime(RuntimeSection(threads=1))
+    report: dict = {"rank": runtime.rank}
+    config = next(iter(cases(shards, world_size=runtime.world_size).values()))
+    draws = Draws(0)
+    section = DCGANNetworks(resolution=16, latent_dim=8, g_width=4, d_width=4)
+    networks = build_networks(section, seed=0)
+    generator, discriminator = runtime.players(networks, g_optim=AdamSection(), d_optim=AdamSection())
+    objective = AdversarialObjective(ObjectiveSection(kind="hinge", lecam=0.1), latent_dim=8)
+    slots = runtime.slots(32)
+    stream = Poisoned(
+        shards, read_manifest(shards), section=ShardsData(url=shards), resolution=16, channels=3, classes=0, batch=32,
+        slots=slots, draws=draws,
+    )  # fmt: skip
+    stream.poisoned_rank_here = runtime.rank == 1
+    state = TrainState(
+        generator, discriminator, GeneratorEMA(generator.module), stream,
+        Progress(memory=objective.initial_memory(runtime.device, runtime.dtype)),
+    )  # fmt: skip
+    rules, scalars = Rules(batch=32), ScalarMeans()
+    applied, unchanged = [], []
+    for _ in range(6):
+        before = {n: t.clone() for n, t in discriminator.full_tensors().items() if not n.endswith("num_batches_tracked")}
+        memory = {n: t.clone() for n, t in state.progress.memory.items()}
+        updates = train_step(runtime, state, objective, draws, knobs_at(0, config=config), scalars, rules=rules)
+        after = discriminator.full_tensors()
+        applied.append([u.applied for u in updates])
+        same_weights = all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("weights/"))
+        unchanged.append([same_weights, all(torch.equal(t, state.progress.memory[n]) for n, t in memory.items())])
+    report |= {"applied": applied, "unchanged": unchanged, "skipped": state.progress.skipped}
+    report["finite"] = all(
+        bool(t.isfinite().all()) for part in state.parts().values() for t in part.tensors().values() if t.is_floating_point()
+    )
+    report["scalars"] = scalars.flush(runtime)
+    everything = {f"{p}/{n}": t for p, part in state.parts().items() for n, t in part.tensors().items()}
+    runtime.check_replicas(everything)
+    report["batch_norm_buffers"] = sum("running_var" in n for n in everything)
+
+    rows = slots.double().unsqueeze(1) * 10
+    report["gathered"] = runtime.gather(rows).squeeze(1).tolist()
+    report["json"] = runtime.gather_json({"rank": runtime.rank, "text": "x" * (1 + 50 * runtime.rank)})
+    report["shared"] = runtime.share_json(["from", runtime.rank])
+    report["any"] = [runtime.any_rank(runtime.rank == 1), runtime.any_rank(False)]
+    if runtime.rank == 1:
+        discriminator.full_tensors()["weights/head.linear.weight"][0, 3] += 1e-6
+    try:
+        runtime.check_replicas(everything)
+        report["corrupted"] = "not noticed"
+    except TrainingFailed as error:
+        report["corrupted"] = str(error)
+    try:
+        runtime.agree("no disk left" if runtime.rank == 1 else None)
+    except TrainingFailed as error:
+        report["agreed"] = str(error)
+    stream.close()
+    (out / f"rank-{runtime.rank}.json").write_text(json.dumps(report))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -80,7 +80,8 @@ def read_manifest(url: str) -> dict[str, Any]:
     manifest = json.loads(data)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise UserError(
-            f"{place} is of format {manifest.get('format')!r} version {manifest.get('version')!r}; this program reads {FORMAT} version {VERSION}"
+            f"{place} is of format {manifest.get('format')!r} version {manifest.get('version')!r}, and this program reads "
+            f"{FORMAT} version {VERSION}; resume it with the program that wrote it"
         )
     return dict(manifest)
 

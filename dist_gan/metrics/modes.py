@@ -26,7 +26,9 @@ Floats = NDArray[np.float64]
 def judge(images: Pictures) -> NDArray[np.int64]:
     """Mode of each picture, int64 N in 0..11, or -1 where it is none. `images` are uint8, N x 32 x 32 x 3."""
     if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
-        raise ValueError(f"pictures of shape {images.shape} and type {images.dtype}; give uint8, N x {SIDE} x {SIDE} x 3")
+        raise ValueError(
+            f"pictures of shape {images.shape} and type {images.dtype}; give uint8, N x {SIDE} x {SIDE} x 3"
+        )
     parts = [_judge_some(images[start : start + 1024] / 255.0) for start in range(0, len(images), 1024)]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
@@ -74,7 +76,9 @@ def _colour_of(pictures: Floats) -> tuple[NDArray[np.int64], Floats]:
     """The colour that explains each picture best, and how much of it (shade times coverage) each pixel holds."""
     ink = pictures - BACKGROUND
     directions = PALETTE - BACKGROUND
-    amounts = np.clip(np.einsum("nhwc,kc->nkhw", ink, directions) / np.square(directions).sum(axis=1)[:, None, None], 0, 2)
+    amounts = np.clip(
+        np.einsum("nhwc,kc->nkhw", ink, directions) / np.square(directions).sum(axis=1)[:, None, None], 0, 2
+    )
     left = ink[:, None] - amounts[..., None] * directions[:, None, None, :]
     colour = np.square(left).sum(axis=(2, 3, 4)).argmin(axis=1)
     return colour, amounts[np.arange(len(pictures)), colour]

@@ -93,7 +93,7 @@ class Player:
     @torch.no_grad()
     def load_full_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `full_tensors` gave, from any strategy; names must match exactly."""
-        own = {f"weights/{name}": p for name, p in self._parameters.items()}
+        own: dict[str, Tensor] = {f"weights/{name}": p for name, p in self._parameters.items()}
         own |= {f"buffers/{name}": b for name, b in self.module.named_buffers()}
         moments = sorted(name for name in tensors if name.startswith("optimizer/"))
         missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - set(moments)

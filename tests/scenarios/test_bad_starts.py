@@ -48,9 +48,15 @@ def recipe(shards: Path, *extra: str) -> list[str]:
 
 
 def test_three_mistakes_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    message = refused(capsys, tmp_path / "run", "run.imagez=3", "g_optim.lr=fast", "run.batch=64", "runtime.micro_batch=7")
+    message = refused(
+        capsys, tmp_path / "run", "run.imagez=3", "g_optim.lr=fast", "run.batch=64", "runtime.micro_batch=7"
+    )
     assert "3 mistakes" in message
-    for text in ("run.imagez: unknown key", "g_optim.lr: 'fast' is no number", "runtime.micro_batch: 64 images a process"):
+    for text in (
+        "run.imagez: unknown key",
+        "g_optim.lr: 'fast' is no number",
+        "runtime.micro_batch: 64 images a process",
+    ):
         assert text in message
 
 
@@ -66,10 +72,10 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_one_tha
     assert "run.batch: 64 images do not divide over 3 processes; take 63" in message
 
 
-@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "ftp://host/x", "simplecache::s3://bucket/x", "ssh://me@host/x"])
-def test_a_url_of_a_forbidden_scheme_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, url: str
-) -> None:
+@pytest.mark.parametrize(
+    "url", ["pipe:cat /etc/passwd", "ftp://host/x", "simplecache::s3://bucket/x", "ssh://me@host/x"]
+)
+def test_a_url_of_a_forbidden_scheme_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, url: str) -> None:
     message = refused(capsys, tmp_path / "run", "data.kind=shards", f"data.url={url}")
     assert "data.url:" in message
     assert "me@" not in message
@@ -118,7 +124,12 @@ def test_a_run_folder_of_other_settings_is_refused_and_left_alone(
     run = tmp_path / "run"
     settings = ["configs/points.yaml", "run.images=512", f"run.dir={run}"]
     done = subprocess.run(
-        [sys.executable, "train.py", *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "train.py", *settings],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
@@ -178,7 +189,9 @@ def test_a_run_folder_without_write_permission_is_refused(tmp_path: Path) -> Non
             parent.chmod(parent.stat().st_mode | 0o055)
     locked.chmod(0o555)
     code = "import sys; from dist_gan.run_folder import RunFolder; from dist_gan.config_reader import load_config\n"
-    code += f"try: RunFolder(load_config(None, ['run.dir={locked}/run']))\nexcept ValueError as e: print(e); sys.exit(2)"
+    code += (
+        f"try: RunFolder(load_config(None, ['run.dir={locked}/run']))\nexcept ValueError as e: print(e); sys.exit(2)"
+    )
     done = subprocess.run(
         [*drop, sys.executable, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=False
     )

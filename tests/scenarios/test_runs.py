@@ -135,7 +135,12 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_undisturbed
 
     command = launch_command(TRAIN, article(shards32, killed), processes=processes)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("*/COMMIT")):
@@ -188,7 +193,13 @@ def test_two_processes_train_on_real_photographs_and_webdataset_reads_the_same_s
     assert {bytes(s["cls"]) for s in samples} == {str(k).encode() for k in range(10)}
     done = launch(
         TRAIN,
-        ["configs/dcgan-cifar10.yaml", f"data.url={shards}", f"run.dir={run}", "run.images=640", "checkpoint.every=320"],
+        [
+            "configs/dcgan-cifar10.yaml",
+            f"data.url={shards}",
+            f"run.dir={run}",
+            "run.images=640",
+            "checkpoint.every=320",
+        ],
         processes=2,
     )
     assert done.returncode == 0, done.stderr[-3000:]

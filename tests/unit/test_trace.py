@@ -39,7 +39,9 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
     optim = AdamSection(lr=1e-3, beta1=0.5, beta2=0.99)
     config = Config(
         data=ShardsData(url=str(folder), flip=True, lanes=8, block=8, holdout=0.1),
-        networks=DCGANNetworks(resolution=16, latent_dim=8, g_width=4, d_width=4, d_norm="none", classes=3, g_mapping=1),
+        networks=DCGANNetworks(
+            resolution=16, latent_dim=8, g_width=4, d_width=4, d_norm="none", classes=3, g_mapping=1
+        ),
         objective=ObjectiveSection(kind="relativistic", r1_gamma=0.5, r2_gamma=0.5, instance_noise=0.05),
         g_optim=optim,
         d_optim=optim,

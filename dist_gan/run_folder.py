@@ -63,8 +63,9 @@ class RunFolder:
 
     def _refuse_other_settings(self, config: RunConfig) -> None:
         kept = self.path / "config.yaml"
-        if not kept.exists():
-            return
+        checkpoints = self.path / "checkpoints"
+        if not kept.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+            return  # nothing has been learned here yet that other settings could be mixed with
         try:
             before = RunConfig.model_validate(yaml.safe_load(kept.read_text()))
         except (ValueError, yaml.YAMLError) as error:

@@ -153,16 +153,13 @@ def fit(run: Run) -> int:
     config, runtime, state, tracker = run.config, run.runtime, run.state, run.tracker
     progress, total = state.progress, config.run.images
     scalars, clock = ScalarMeans(), Clock(progress, state.stream)
-    saved_at = progress.images if progress.images else -1
     if progress.images == 0:
         tracker.grid("real", 0, to_pictures(state.stream.preview(config.log.samples)))
     with profiled(tracker.folder / "tensorboard", enabled=config.run.profile and runtime.is_main) as step_done:
         while progress.images < total:
             before = progress.images
             knobs = knobs_at(before, config=config)
-            updates = train_step(
-                runtime, state, run.objective, run.draws, knobs, scalars, rules=run.rules
-            )  # fmt: skip
+            updates = train_step(runtime, state, run.objective, run.draws, knobs, scalars, rules=run.rules)
             _watch_nonfinite(run, updates)
             if clock.first_step():
                 runtime.shorten_timeout()
@@ -178,9 +175,6 @@ def fit(run: Run) -> int:
                 _grid(run)
             if _due(before, now, config.checkpoint.every, total):
                 _save(run)
-                saved_at = now
-    if saved_at != progress.images:
-        _save(run)
     _finish(run)
     return progress.images
 

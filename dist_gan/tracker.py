@@ -22,11 +22,12 @@ from tqdm import tqdm
 from dist_gan import images as pictures
 from dist_gan.types import Scalars
 
+# Tags of a custom chart are patterns.
 _LAYOUT = {
     "game": {
-        "logits: real against fake": ["Multiline", ["logits/real", "logits/fake"]],
-        "losses": ["Multiline", ["loss/discriminator", "loss/generator"]],
-        "gradient norms": ["Multiline", ["gradient_norm/discriminator", "gradient_norm/generator"]],
+        "logits: real against fake": ["Multiline", ["^logits/real$", "^logits/fake$"]],
+        "losses": ["Multiline", ["^loss/discriminator$", "^loss/generator$"]],
+        "gradient norms": ["Multiline", ["^gradient_norm/discriminator$", "^gradient_norm/generator$"]],
     }
 }
 

@@ -34,15 +34,21 @@ def philox(counter_4N: Tensor, key: tuple[int, int]) -> Tensor:
     Returns:
         int64 words in [0, 2^32), shape (4, N), on the counter's device.
     """
-    device = counter_4N.device
-    multipliers = torch.tensor(_MULTIPLIERS, device=device).unsqueeze(1)
-    keys = torch.tensor([[(key[i] + r * _WEYL[i]) & _LOW for i in (0, 1)] for r in range(_ROUNDS)], device=device)
+    multipliers, round_keys = _constants(key, counter_4N.device)
     even, odd = counter_4N[0::2], counter_4N[1::2]
-    for round_key in keys.unsqueeze(2):
+    for round_key in round_keys:
         product = even * multipliers
         high = product.bitwise_right_shift(32).bitwise_and_(_LOW).flip(0)
         even, odd = high.bitwise_xor_(odd).bitwise_xor_(round_key), product.bitwise_and_(_LOW).flip(0)
     return torch.stack((even[0], odd[0], even[1], odd[1]))
+
+
+@lru_cache(maxsize=256)
+def _constants(key: tuple[int, int], device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Multipliers, and the key of each round: kept on the device, where copying them anew would cost a wait."""
+    rounds = [[(key[i] + r * _WEYL[i]) & _LOW for i in (0, 1)] for r in range(_ROUNDS)]
+    keys = torch.tensor(rounds, device=device).unsqueeze(2)
+    return torch.tensor(_MULTIPLIERS, device=device).unsqueeze(1), tuple(keys.unbind(0))
 
 
 @lru_cache(maxsize=256)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import traceback
 from pathlib import Path
 
+from dist_gan import storage
 from dist_gan.config import RunConfig
 from dist_gan.data.embedded import prepare_data
 from dist_gan.run_folder import OUTCOME, RunFolder, refuse, write_outcome
@@ -14,37 +16,29 @@ from dist_gan.runtime import Runtime
 from dist_gan.trainer import build, fit
 from dist_gan.types import TrainingFailed, UserError
 
-FINISHED, CONFIGURATION_WRONG, FAILED, CRASHED = 0, 2, 3, 1
+FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED = 0, 1, 2, 3
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(config: RunConfig) -> int:
-    """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed.
+    """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
 
     Rank 0 makes every check that needs no other rank before there is a process group; the others wait for it in the
-    rendezvous, and the launcher ends them if it leaves. Anything unforeseen is raised, for a traceback and exit 1.
+    rendezvous, and the launcher ends them if it leaves.
     """
     folder: RunFolder | None = None
-    if int(os.environ.get("RANK", "0")) == 0:
-        try:
-            folder = RunFolder(config)
-            prepare_data(config)
-        except UserError as error:
-            return _refused(config, folder, str(error))
-        except TrainingFailed as error:
-            return _leave(config, folder, "failed", code=FAILED, reason=str(error))
-    runtime = None
+    runtime: Runtime | None = None
     try:
-        try:
-            runtime = Runtime(config.runtime)
-        except UserError as error:
-            return _refused(config, folder, str(error)) if folder else CONFIGURATION_WRONG
-        attempt = runtime.share_json(folder.attempt if folder else None)
-        parts = build(config, runtime, attempt=attempt)
-        try:
-            images = fit(parts)
-        finally:
-            parts.tracker.close()
-            parts.state.stream.close()
+        if int(os.environ.get("RANK", "0")) == 0:
+            try:
+                folder = RunFolder(config)
+            except UserError as error:
+                say(str(error))
+                refuse(Path(config.run.dir), reason=str(error))
+                return CONFIGURATION_WRONG
+            prepare_data(config)
+        runtime = Runtime(config.runtime)
+        images = _train(config, runtime, folder)
         if folder is not None:
             folder.write_outcome("finished", code=FINISHED, images=images, reason="")
         runtime.barrier()
@@ -54,7 +48,10 @@ def run(config: RunConfig) -> int:
     except TrainingFailed as error:
         return _leave(config, folder, "failed", code=FAILED, reason=str(error))
     except Exception as error:
-        if (Path(config.run.dir) / OUTCOME).exists():
+        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+            reason = f"cannot write {error.filename or config.run.dir}: {storage.why(error)}"
+            return _leave(config, folder, "failed", code=FAILED, reason=reason)
+        if _outcome(config).exists():
             return CRASHED  # another rank has said what happened; this one only lost the connection
         traceback.print_exc()
         return _leave(config, folder, "crashed", code=CRASHED, reason=f"{type(error).__name__}: {error}")
@@ -65,13 +62,18 @@ def run(config: RunConfig) -> int:
             folder.close()
 
 
-def _refused(config: RunConfig, folder: RunFolder | None, reason: str) -> int:
-    """A start that ended before there were other ranks."""
-    if folder is not None:
-        return _leave(config, folder, "configuration_wrong", code=CONFIGURATION_WRONG, reason=reason)
-    say(reason)
-    refuse(Path(config.run.dir), reason=reason)
-    return CONFIGURATION_WRONG
+def _train(config: RunConfig, runtime: Runtime, folder: RunFolder | None) -> int:
+    attempt = runtime.share_json(folder.attempt if folder else None)
+    parts = build(config, runtime, attempt=attempt)
+    try:
+        return fit(parts)
+    finally:
+        parts.tracker.close()
+        parts.state.stream.close()
+
+
+def _outcome(config: RunConfig) -> Path:
+    return Path(config.run.dir) / OUTCOME
 
 
 def _leave(config: RunConfig, folder: RunFolder | None, outcome: str, *, code: int, reason: str) -> int:
@@ -79,19 +81,16 @@ def _leave(config: RunConfig, folder: RunFolder | None, outcome: str, *, code: i
 
     What all ranks agree on is for rank 0 to say; what only this rank knows is said here when rank 0 stays silent.
     """
-    path = Path(config.run.dir) / OUTCOME
     if folder is None:
         deadline = time.monotonic() + 5.0
-        while not path.exists() and time.monotonic() < deadline:
+        while not _outcome(config).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-    if path.exists():
+    if _outcome(config).exists():
         return code
     say(reason)
     try:
-        if folder is not None:
-            folder.write_outcome(outcome, code=code, images=0, reason=reason)
-        else:
-            write_outcome(Path(config.run.dir), outcome, code=code, reason=reason)
+        attempt = folder.attempt if folder is not None else 0
+        write_outcome(Path(config.run.dir), outcome, code=code, reason=reason, attempt=attempt)
     except TrainingFailed as error:
         say(f"outcome.json could not be written: {error}")
     return code

@@ -48,11 +48,18 @@ def check_url(url: str, *, place: str) -> str:
             f"{place}: the scheme {scheme!r} of {redact(url)!r} is refused, {why}; "
             f"use a path or one of {', '.join(s + '://' for s in ALLOWED_SCHEMES)}"
         )
+    if redact(url) != url:
+        raise UserError(
+            f"{place}: {redact(url)!r} came with a user part or a query, which would end up in logs and checkpoints; "
+            f"give the bare URL, and credentials by the environment"
+        )
     return url
 
 
 def redact(url: str) -> str:
-    """The URL without what may be a secret: its query, and the user part before an @."""
+    """The URL without what may be a secret: its query, and the user part before an @. A path is left as it is."""
+    if scheme_of(url) == "file":
+        return url
     bare = url.split("?", 1)[0]
     if "://" in bare:
         scheme, rest = bare.split("://", 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any, NamedTuple, Protocol
@@ -81,7 +82,7 @@ class Decoded(NamedTuple):
 
 
 class Shards:
-    """Random access to the images of a data set, a block of neighbours at a time.
+    """Random access to the images of a data set, a block of neighbours at a time. For one thread alone.
 
     Args:
         url: folder of the shards.
@@ -204,8 +205,8 @@ class ImageStream:
             [len(rows) for rows in self._rows], seed=draws.seed, lanes=section.lanes, block=section.block
         )
         lanes_here = -(-section.lanes * len(slots) // batch)
-        self._shards = Shards(
-            url, manifest, resolution=resolution, channels=channels, open_blocks=2 * max(lanes_here, 1) + 8
+        self._new_reader = partial(
+            Shards, url, manifest, resolution=resolution, channels=channels, open_blocks=2 * max(lanes_here, 1) + 8
         )
         self.fingerprint = (
             f"{manifest.fingerprint}/seed={draws.seed}/lanes={section.lanes}/block={section.block}"
@@ -231,8 +232,9 @@ class ImageStream:
 
     def preview(self, count: int) -> Tensor:
         """The first `count` images of the order, on the device."""
-        samples = self._samples_at(np.arange(count))
-        return self._pixels(next(iter(batched(self._shards.decode(samples), size=count))))
+        shards = self._new_reader()
+        samples = self._samples_at(np.arange(count), shards)
+        return self._pixels(next(iter(batched(shards.decode(samples), size=count))))
 
     def seek(self, draw: int) -> None:
         """The next batch will be number `draw`; nothing is replayed."""
@@ -272,34 +274,36 @@ class ImageStream:
             for shard, mask in enumerate(self._held_out)
             for row in np.flatnonzero(mask if split == "holdout" else ~mask)
         ]
+        shards = self._new_reader()
         for start in range(0, len(rows), batch * world_size):
             mine = rows[start + rank : start + batch * world_size : world_size]
             padded = mine + [rows[start]] * (batch - len(mine))
-            samples = (self._shards.read(shard, row, rows=(row, row)) for shard, row in padded)
-            item = next(iter(batched(self._shards.decode(samples), size=batch)))
+            samples = (shards.read(shard, row, rows=(row, row)) for shard, row in padded)
+            item = next(iter(batched(shards.decode(samples), size=batch)))
             mask = torch.arange(batch) < len(mine)
             yield Scanned(self._pixels(item), self._labels(item), item.keys[: len(mine)], mask.to(self._draws.device))
 
     def pipeline(self, draw: int) -> webdataset.DataPipeline:
         """Decoded batches from `draw` on."""
+        shards = self._new_reader()
         return webdataset.DataPipeline(
-            lambda: self._places(draw),
-            self._shards.decode,
+            lambda: self._places(draw, shards),
+            shards.decode,
             lambda samples: batched(samples, size=len(self._slots)),
         )
 
-    def _places(self, draw: int) -> Iterator[Sample]:
+    def _places(self, draw: int, reader: Shards) -> Iterator[Sample]:
         slots = self._slots.numpy()
         while True:
-            yield from self._samples_at(draw * self._batch + slots)
+            yield from self._samples_at(draw * self._batch + slots, reader)
             draw += 1
 
-    def _samples_at(self, positions: NDArray[np.int64]) -> Iterator[Sample]:
+    def _samples_at(self, positions: NDArray[np.int64], reader: Shards) -> Iterator[Sample]:
         shards, indices, blocks = self._order.locate(positions)
         for shard, index, block in zip(shards.tolist(), indices.tolist(), blocks.tolist(), strict=True):
             rows = self._rows[shard]
             _, start, end = self._order.block_range(block)
-            yield self._shards.read(shard, int(rows[index]), rows=(int(rows[start]), int(rows[end - 1])))
+            yield reader.read(shard, int(rows[index]), rows=(int(rows[start]), int(rows[end - 1])))
 
     def _start(self) -> None:
         pipeline, queue, stop = iter(self.pipeline(self.draw)), self._queue, self._stop

@@ -6,11 +6,12 @@ defaults are a complete run, the embedded one: shapes that the program draws its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 _NUMBER = re.compile(r"([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?")
 _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -68,14 +69,30 @@ def _number_or_ramp(value: Any) -> str:
     return "ramp" if isinstance(value, Mapping | Ramp) else "number"
 
 
-Knob = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
-"""A number, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}`."""
+def _within(low: float, below: float) -> AfterValidator:
+    """Refuses a number, or either end of a ramp, outside [low, below)."""
+
+    def check(value: Any) -> Any:
+        for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if not low <= number < below:
+                limit = "" if below == math.inf else f" and below {below:g}"
+                raise ValueError(f"from {low:g} on{limit}, at both ends of a ramp too")
+        return value
+
+    return AfterValidator(check)
+
+
+_NumberOrRamp = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
+Knob = Annotated[_NumberOrRamp, _within(0, math.inf)]
+"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` of such."""
+Decay = Annotated[_NumberOrRamp, _within(0, 1)]
+"""The same, below 1."""
 
 
 class RunSection(Section):
     """The run as a whole."""
 
-    dir: str = "runs/shapes"
+    dir: Annotated[str, Field(min_length=1)] = "runs/shapes"
     """Folder of the run: configuration, logs, samples, checkpoints. The same folder again resumes."""
     images: Annotated[Count, Field(gt=0)] = 240_000
     """Real images that the discriminator learns from before the run ends."""
@@ -85,7 +102,7 @@ class RunSection(Section):
     """Discriminator updates for each generator update."""
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run is a function of it."""
-    resume: str = "auto"
+    resume: Annotated[str, Field(min_length=1)] = "auto"
     """`auto`: from the newest checkpoint in `dir`; `never`: only into an empty folder; or a checkpoint's path."""
     profile: bool = False
     """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
@@ -120,7 +137,7 @@ class ShardsData(DataOrder):
 
     kind: Literal["shards"] = "shards"
     """Images from shards."""
-    url: str
+    url: Annotated[str, Field(min_length=1)]
     """Folder of the shards: a path, or a URL of an allowed scheme."""
 
 
@@ -228,7 +245,7 @@ class AdamSection(Section):
     """Learning rate."""
     beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.5
     """Decay of the first moment."""
-    beta2: Knob = 0.999
+    beta2: Decay = 0.999
     """Decay of the second moment."""
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     """Added to the denominator."""

@@ -77,15 +77,31 @@ def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key written twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _plain(yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader))
     except FileNotFoundError:
         return {}, [
             f"{path}: there is no such file; give the path of a YAML file, `ls configs` shows those that come along"
         ]
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{path}: cannot be read ({error}); give a YAML file"]
+    except RecursionError:
+        return {}, [f"{path}: a section holds itself; write it out"]
     except yaml.YAMLError as error:
         return {}, [f"{path}: is not YAML ({' '.join(str(error).split())}); mend that line"]
     if raw is None:
@@ -93,6 +109,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(raw, dict):
         return {}, [f"{path}: holds a {type(raw).__name__} where sections are needed, such as `run:`"]
     return raw, []
+
+
+def _plain(value: Any) -> Any:
+    """What YAML gave, with keys as text and every section its own: an anchor used twice must not be one section."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
 
 
 def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -105,8 +130,8 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]
             mistakes.append(f"{text!r}: is no override; write section.key=value, such as run.images=10M")
             continue
         try:
-            parsed.append((name.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError:
+            parsed.append((name.split("."), _plain(yaml.safe_load(value))))
+        except (yaml.YAMLError, RecursionError):
             mistakes.append(f"{text!r}: the value is not YAML; put it in quotes")
     for parts, value in sorted(parsed, key=lambda item: item[0][-1] != "kind"):
         place = raw

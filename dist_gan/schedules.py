@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from dist_gan.config import AdamSection, Knob, Ramp, RunConfig
+from dist_gan.config import AdamSection, Ramp, RunConfig
 from dist_gan.types import Knobs
 
 
-def at(knob: Knob, images: int) -> float:
+def at(knob: float | Ramp, images: int) -> float:
     """Value of a number or ramp when `images` have been seen.
 
     The cosine is v(n) = end + (start - end) (1 + cos(pi n / N)) / 2 (R3GAN, Huang et al. 2024), constant after N; with

@@ -19,14 +19,16 @@ PALETTE = np.array([(0.95, 0.22, 0.20), (0.20, 0.85, 0.30), (0.25, 0.42, 1.00)])
 """RGB of each colour at full shade."""
 BACKGROUND = 0.08
 """Grey of the background."""
-SHADE = (0.85, 1.0)
+SHADE = (0.8, 1.0)
 """Range of the factor on the colour."""
-SHIFT = 2.5
+SHIFT = 2.0
 """Largest distance of the centre from the middle along each axis, in pixels."""
-AREA = (130.0, 180.0)
+AREA = (180.0, 250.0)
 """Range of the shape's area in pixels: all four shapes are equally large."""
-TURN = 0.2
+TURN = 0.1
 """Largest angle from upright, in radians; a ring has none."""
+EDGE = 1.5
+"""Width of the slope from shape to background, in pixels."""
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +76,7 @@ def cover(shape: NDArray[np.int64], *, x: Floats, y: Floats, area: Floats, angle
     for kind, function in enumerate((_ring, _square, _triangle, _cross)):
         mine = shape == kind
         distance[mine] = function(u[mine], v[mine], area[mine, None, None])
-    return np.clip(0.5 - distance, 0.0, 1.0)
+    return np.clip(0.5 - distance / EDGE, 0.0, 1.0)
 
 
 def _ring(u: Floats, v: Floats, area: Floats) -> Floats:

@@ -56,8 +56,8 @@ BANNED = (
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "subprocess", "importlib", "runpy",
     "torch.load", "torch.save", "torch.hub", "torch.serialization", "torch.multiprocessing",
     "os.system", "os.popen", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "pty",
-    "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader",
-    "yaml.FullLoader", "builtins",
+    "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader",
+    "builtins",
 )  # fmt: skip
 """What reads or runs code that came as data, or starts what nobody watches."""
 
@@ -208,7 +208,15 @@ def cycle(graph: dict[str, set[str]]) -> list[str] | None:
 def banned_in(tree: ast.Module, *, module: str) -> list[str]:
     found = [f"{module} uses {name}" for name in sorted(names_used(tree, module=module))
              if any(uses(name, banned) for banned in BANNED)]  # fmt: skip
+    safe = {"yaml.SafeLoader"} | {
+        node.name for node in running_nodes(tree)
+        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
+    }  # fmt: skip
     for node in running_nodes(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
+            loaders = [*node.args[1:], *(k.value for k in node.keywords if k.arg == "Loader")]
+            if not loaders or not all(ast.unparse(loader) in safe for loader in loaders):
+                found.append(f"{module} loads YAML otherwise than safely, line {node.lineno}")
         if isinstance(node, ast.Name) and node.id in BANNED_BUILTINS:
             found.append(f"{module} uses {node.id}, line {node.lineno}")
         off = isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant) and node.value.value is False
@@ -385,6 +393,10 @@ def test_the_checker_sees_an_outside_library_however_it_is_reached(source: str, 
         "f = exec",
         "def f():\n    import subprocess",
         "import yaml\nyaml.load('x', yaml.Loader)",
+        "import yaml\nyaml.load('x')",
+        "import yaml\nclass Mine(yaml.Loader): ...\nyaml.load('x', Loader=Mine)",
+        "import yaml\nyaml.load('x', Loader=theirs)",
+        "from yaml import unsafe_load",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
         "__import__('pickle')",
     ],
@@ -399,6 +411,7 @@ def test_the_checker_sees_what_is_banned(source: str) -> None:
         "import re\nre.compile('x')",
         "net.eval()",
         "import yaml\nyaml.safe_load('x')",
+        "import yaml\nclass Mine(yaml.SafeLoader): ...\nyaml.load('x', Loader=Mine)",
         "import numpy as np\nnp.load('x', allow_pickle=False)",
     ],
 )

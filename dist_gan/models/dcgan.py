@@ -103,7 +103,8 @@ class Generator(nn.Module):
             previous = out
         stages += [nn.ConvTranspose2d(previous, channels, 4, 2, 1), nn.Tanh()]
         self.stages = nn.Sequential(*stages)
-        _initialise(self, norm=norm, slope=0.2)
+        _initialise(self.stages, norm=norm, slope=0.2)
+        _initialise(self.mapping, norm="none", slope=0.2)  # no norm follows a dense layer
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.stages(self.mapping(self.label(latents_BZ, labels_B))[:, :, None, None])

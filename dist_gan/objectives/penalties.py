@@ -12,8 +12,12 @@ from torch import Tensor
 
 
 def input_gradient(images: Tensor, logits_B: Tensor) -> Tensor:
-    """Gradient of each image's logit at that image, shape of `images`, with its graph kept."""
-    (gradient,) = torch.autograd.grad(logits_B.sum(), images, create_graph=True)
+    """Gradient of each image's logit at that image, shape of `images`, with its graph kept.
+
+    Autocast is off: it would reach into this backward pass too, which is part of the penalty's forward pass.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(logits_B.sum(), images, create_graph=True)
     return gradient
 
 

@@ -52,19 +52,21 @@ def test_a_number_is_the_same_at_all_times() -> None:
 
 
 def test_every_knob_follows_its_own_setting() -> None:
+    starts = (0.1, 0.3, 0.2, 0.4, 5, 6, 7, 8, 9)
+
     def ramp(start: float) -> Ramp:
         return Ramp(start=start, end=0, images=100)
 
     config = RunConfig(
-        g_optim=AdamSection(lr=ramp(1), beta2=ramp(2)),
-        d_optim=AdamSection(lr=ramp(3), beta2=ramp(4)),
+        g_optim=AdamSection(lr=ramp(0.1), beta2=ramp(0.2)),
+        d_optim=AdamSection(lr=ramp(0.3), beta2=ramp(0.4)),
         objective=ObjectiveSection(
             r1_gamma=ramp(5), r2_gamma=ramp(6), gradient_penalty=ramp(7), instance_noise=ramp(8)
         ),
         ema=EMASection(half_life=ramp(9), warmup=0),
     )
-    assert knobs_at(0, config=config) == Knobs(1, 3, 2, 4, 5, 6, 7, 8, 9)
-    assert knobs_at(50, config=config) == Knobs(*(v / 2 for v in (1, 3, 2, 4, 5, 6, 7, 8, 9)))
+    assert knobs_at(0, config=config) == Knobs(*starts)
+    assert knobs_at(50, config=config) == Knobs(*(v / 2 for v in starts))
     assert knobs_at(100, config=config) == Knobs(*[0.0] * 9)
 
 
@@ -120,7 +122,7 @@ def test_after_one_half_life_an_old_weight_counts_half_whatever_the_batches(piec
 def test_two_half_lives_leave_a_quarter_and_the_average_goes_towards_the_new() -> None:
     ema = GeneratorEMA(filled(8.0))
     ema.update(filled(4.0), images=200, half_life=100.0)
-    assert values_of(ema) == {pytest.approx(5.0)}
+    assert [round(v, 12) for v in values_of(ema)] == [5.0]
 
 
 def test_a_half_life_of_zero_copies() -> None:

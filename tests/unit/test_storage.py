@@ -110,8 +110,17 @@ def test_names_with_spaces_hashes_and_percent_signs_are_plain_names(folder: str)
         assert storage.read(storage.join(folder, name)) == name.encode()
     storage.remove(storage.join(folder, "a*"))
     assert "a b" in storage.list_names(folder)
-    storage.remove_folder(storage.join(folder, "*"))
-    assert "a b" in storage.list_names(folder)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: fsspec's rm with recursive=True reads the name of a folder as a pattern")
+def test_a_folder_whose_name_looks_like_a_pattern_is_removed_alone() -> None:
+    top = f"memory://{uuid.uuid4().hex}"
+    for name in ("exp[1]", "exp1"):
+        storage.publish(storage.join(top, name, "x"), b"1")
+    storage.remove_folder(storage.join(top, "exp[1]"))
+    left = storage.list_names(top)
+    storage.remove_folder(top)
+    assert left == ["exp1"]
 
 
 # -- whole or not there -----------------------------------------------------------------------------------------------
@@ -184,7 +193,7 @@ def test_a_reader_beside_a_writer_sees_the_old_or_the_new_and_nothing_else(tmp_p
     storage.publish(url, b"0" * size)
     code = f"""
         from dist_gan import storage
-        for i in range(150):
+        for i in range(40):
             storage.publish({url!r}, str(i % 10).encode() * {size})
     """
     writer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment())
@@ -213,10 +222,12 @@ def test_a_folder_that_is_absent_or_forbidden_fails_in_words(tmp_path: Path) -> 
         storage.publish(str(tmp_path / "locked" / "a"), b"1")
 
 
-def test_a_failure_to_write_never_shows_the_secret_in_its_url(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed) as caught:
-        storage.publish(f"{tmp_path}/absent/a?token=SECRET", b"1")
-    assert "SECRET" not in str(caught.value)
+def test_a_url_that_carries_a_secret_is_refused_by_every_call_and_not_shown() -> None:
+    for url in ("s3://KEY:SECRET@b/x", "https://h/x?X-Amz-Signature=SECRET"):
+        for call in (storage.exists, storage.read, storage.list_names, lambda u: storage.publish(u, b"")):
+            with pytest.raises(UserError, match="credentials by the environment") as caught:
+                call(url)
+            assert "SECRET" not in str(caught.value)
 
 
 # -- schemes ----------------------------------------------------------------------------------------------------------
@@ -282,6 +293,12 @@ def test_the_refusal_of_a_pipe_with_a_url_in_it_says_why_too() -> None:
 def test_a_data_url_is_refused_like_any_other_scheme() -> None:
     with pytest.raises(UserError, match="refused"):
         storage.read("data:,abc")
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: the container of Azure's abfs://container@account... is taken for a user")
+def test_azures_own_form_of_a_url_is_no_secret() -> None:
+    url = "abfs://container@account.dfs.core.windows.net/folder"
+    assert storage.check_url(url, place="data.url") == url
 
 
 @pytest.mark.xfail(strict=True, reason="BUG: fsspec and local_path do not agree on what path such a URL is")

@@ -130,9 +130,9 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]
             mistakes.append(f"{text!r}: is no override; write section.key=value, such as run.images=10M")
             continue
         try:
-            parsed.append((name.split("."), _plain(yaml.safe_load(value))))
+            parsed.append((name.split("."), _plain(yaml.load(value, Loader=_StrictLoader))))
         except (yaml.YAMLError, RecursionError):
-            mistakes.append(f"{text!r}: the value is not YAML; put it in quotes")
+            mistakes.append(f"{text!r}: the value is not YAML, or names a key twice; put text in quotes")
     for parts, value in sorted(parsed, key=lambda item: item[0][-1] != "kind"):
         place = raw
         for part in parts[:-1]:

@@ -84,7 +84,9 @@ class Draws:
     def uniform(self, purpose: str, *, draw: int, slots: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform numbers in (0, 1), shape (B, *shape)."""
         words = self.words(purpose, draw=draw, slots=slots, count=math.prod(shape))
-        return words.to(torch.float64).add_(0.5).mul_(2.0**-32).to(self.dtype).view(len(slots), *shape)
+        unit = words.to(torch.float64).add_(0.5).mul_(2.0**-32).to(self.dtype)
+        below_one = 1.0 - torch.finfo(self.dtype).eps / 2  # what the largest words round past in float32
+        return unit.clamp_max_(below_one).view(len(slots), *shape)
 
     def normal(self, purpose: str, *, draw: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, shape (B, *shape), by Box and Muller (1958) in float64."""

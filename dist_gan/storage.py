@@ -7,8 +7,11 @@ made: fsspec knows schemes that run commands or read other people's machines.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import posixpath
+import re
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,15 +23,16 @@ from fsspec.core import url_to_fs
 from dist_gan.types import TrainingFailed, UserError
 
 ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
+_SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
+_USER_AND_SECRET = re.compile(r"^[^/?#:]*:(?!\d*(?:[/?#]|$)).*@")
+"""Up to the last @, for a secret may hold any sign; a port is no secret."""
+_USER = re.compile(r"^[^/?#]*@")
 
 
 def scheme_of(url: str) -> str:
-    """Scheme of a URL; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
-    if "://" in url:
-        return url.split("://", 1)[0].lower()
-    if url.lower().startswith("pipe:"):
-        return "pipe"
-    return "file"
+    """Scheme of a URL in lower case; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
+    match = _SCHEME.match(url)
+    return (match[1] or match[2]).lower() if match else "file"
 
 
 def check_url(url: str, *, place: str) -> str:
@@ -57,15 +61,19 @@ def check_url(url: str, *, place: str) -> str:
 
 
 def redact(url: str) -> str:
-    """The URL without what may be a secret: its query, and the user part before an @. A path is left as it is."""
-    if scheme_of(url) == "file":
+    """The URL without what may be a secret: user part, query, fragment, a pipe's command. A path is left as it is."""
+    if "::" in url:
+        return "::".join(redact(part) for part in url.split("::"))
+    scheme = scheme_of(url)
+    if scheme == "file":
         return url
-    bare = url.split("?", 1)[0]
-    if "://" in bare:
-        scheme, rest = bare.split("://", 1)
-        host, slash, path = rest.partition("/")
-        bare = f"{scheme}://{host.rsplit('@', 1)[-1]}{slash}{path}"
-    return bare
+    if scheme in ("pipe", "data"):
+        return f"{scheme}:..."
+    start, rest = url.split("://", 1)
+    rest = _USER_AND_SECRET.sub("", rest)
+    if scheme != "abfs":  # there it is the container that stands before the @
+        rest = _USER.sub("", rest)
+    return f"{start}://{re.split('[?#]', rest, maxsplit=1)[0]}"
 
 
 def join(url: str, *names: str) -> str:
@@ -77,11 +85,15 @@ def local_path(url: str) -> Path | None:
     """The path of a `file` URL, None for any other store."""
     if scheme_of(url) != "file":
         return None
-    return Path(url.removeprefix("file://"))
+    match = _SCHEME.match(url)
+    return Path(url[match.end() :] if match else url).expanduser()
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     check_url(url, place="url")
+    local = local_path(url)
+    if local is not None:
+        return fsspec.filesystem("file"), str(local.absolute())
     try:
         filesystem, path = url_to_fs(url)
     except ImportError as error:
@@ -230,6 +242,9 @@ def remove_folder(url: str) -> None:
     """Removes a folder with all that is in it; one that is not there is no error."""
     filesystem, path = _filesystem(url)
     try:
-        filesystem.rm(path, recursive=True)
+        if local_path(url) is not None:
+            shutil.rmtree(path)
+        else:
+            filesystem.rm(glob.escape(path), recursive=True)  # fsspec would read the name as a pattern
     except FileNotFoundError:
         return

@@ -126,8 +126,8 @@ MISTAKES = [
     ("run: {batch: true}", "run.batch", "True", "a number, not a yes or no"),
     ("ema: {half_life: true}", "ema.half_life", "True", "a number, not a yes or no"),
     ("g_optim: {lr: false}", "g_optim.lr", "False", "a number, not a yes or no"),
-    ("data: {kind: shards, url: 'pipe:cat x'}", "data.url", "'pipe:cat x'", "it would run a shell command"),
-    ("run: {resume: 'pipe:cat x'}", "run.resume", "'pipe:cat x'", "it would run a shell command"),
+    ("data: {kind: shards, url: 'pipe:cat x'}", "data.url", "'pipe:...'", "it would run a shell command"),
+    ("run: {resume: 'pipe:cat x'}", "run.resume", "'pipe:...'", "it would run a shell command"),
     ("data: {kind: shards, url: 'simplecache::s3://b/x'}", "data.url", "'simplecache::s3://b/x'", "one plain URL"),
     ("data: {kind: shards, url: 'ftp://h/x'}", "data.url", "'ftp://h/x'", "s3://"),
     ("data: {kind: shards, url: 'ssh://h/x'}", "data.url", "'ssh", "use a path or one of"),
@@ -355,7 +355,6 @@ def test_a_key_written_twice_is_a_mistake(text: str, key: str, tmp_path: Path) -
     assert f"the key {key!r} is written twice" in report_of(written(tmp_path, text))[1]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: an override's YAML is not read as strictly as a file's")
 def test_a_key_written_twice_in_an_override_is_a_mistake_too() -> None:
     assert "batch" in "\n".join(report_of(None, "run={batch: 64, batch: 32}"))
 

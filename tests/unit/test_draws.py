@@ -222,7 +222,6 @@ def test_no_uniform_number_is_an_end_of_the_interval_in_float64() -> None:
     assert float(u.max()) <= highest
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the largest words round to 1.0 in float32, although (0, 1) is promised")
 def test_no_uniform_number_is_an_end_of_the_interval_in_float32() -> None:
     draws, slot = Draws(0), torch.tensor([399])  # an address whose word is 2^32 - 108
     assert int(draws.words("u", draw=64, slots=slot, count=982)[0, 981]) == 2**32 - 108

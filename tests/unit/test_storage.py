@@ -112,7 +112,6 @@ def test_names_with_spaces_hashes_and_percent_signs_are_plain_names(folder: str)
     assert "a b" in storage.list_names(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: fsspec's rm with recursive=True reads the name of a folder as a pattern")
 def test_a_folder_whose_name_looks_like_a_pattern_is_removed_alone() -> None:
     top = f"memory://{uuid.uuid4().hex}"
     for name in ("exp[1]", "exp1"):
@@ -283,25 +282,21 @@ def test_the_refusal_of_a_pipe_says_why() -> None:
         storage.check_url("pipe:cat x", place="p")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a pipe with a URL in it is taken for a scheme 'pipe:curl -s https'")
 def test_the_refusal_of_a_pipe_with_a_url_in_it_says_why_too() -> None:
     with pytest.raises(UserError, match="it would run a shell command"):
         storage.check_url("pipe:curl -s https://h/x.tar", place="p")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: fsspec reads 'data:' without '//' as a scheme, the list does not")
 def test_a_data_url_is_refused_like_any_other_scheme() -> None:
     with pytest.raises(UserError, match="refused"):
         storage.read("data:,abc")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the container of Azure's abfs://container@account... is taken for a user")
 def test_azures_own_form_of_a_url_is_no_secret() -> None:
     url = "abfs://container@account.dfs.core.windows.net/folder"
     assert storage.check_url(url, place="data.url") == url
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: fsspec and local_path do not agree on what path such a URL is")
 @pytest.mark.parametrize("prefix", ["~/", "file:{}/", "FILE://{}/"])
 def test_what_is_published_under_any_spelling_of_a_local_path_is_found_under_it(
     prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,7 +332,6 @@ def test_what_may_be_a_secret_is_never_shown(url: str, shown: str) -> None:
     assert storage.redact(url) == shown
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a secret with '/' or '?' in it, behind '::', or in a fragment is shown")
 @pytest.mark.parametrize(
     "url",
     [

@@ -121,6 +121,8 @@ class DataOrder(Section):
     """Neighbouring images of a shard that are read at once and shuffled together."""
     prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
     """Batches decoded ahead of need."""
+    cache: Annotated[Count, Field(ge=0)] = 2**28
+    """Bytes that a process may keep decoded; a data set that fits is decoded once, any other at every pass."""
 
 
 class ShapesData(DataOrder):

@@ -38,7 +38,19 @@ from dist_gan.config import (
 )
 from dist_gan.types import UserError
 
-_RESUMABLE_CHANGES = ("run.images", "run.resume", "run.dir", "run.profile", "log", "checkpoint", "runtime", "recovery")
+_RESUMABLE_CHANGES = (
+    "run.images",
+    "run.resume",
+    "run.dir",
+    "run.profile",
+    "data.url",
+    "data.prefetch",
+    "data.cache",
+    "log",
+    "checkpoint",
+    "runtime",
+    "recovery",
+)
 """Settings that a resumed run may have otherwise than it started with."""
 
 

@@ -21,11 +21,11 @@ BACKGROUND = 0.08
 """Grey of the background."""
 SHADE = (0.8, 1.0)
 """Range of the factor on the colour."""
-SHIFT = 2.0
+SHIFT = 1.0
 """Largest distance of the centre from the middle along each axis, in pixels."""
-AREA = (180.0, 250.0)
+AREA = (190.0, 240.0)
 """Range of the shape's area in pixels: all four shapes are equally large."""
-TURN = 0.1
+TURN = 0.08
 """Largest angle from upright, in radians; a ring has none."""
 EDGE = 1.5
 """Width of the slope from shape to background, in pixels."""

@@ -90,28 +90,40 @@ class Shards:
         resolution: side that images are brought to, by the rules of packing.
         channels: 1 or 3.
         open_blocks: blocks kept in memory.
+        decoded: images decoded so far, by shard and row; None keeps none.
     """
 
-    def __init__(self, url: str, manifest: Manifest, *, resolution: int, channels: int, open_blocks: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        manifest: Manifest,
+        *,
+        resolution: int,
+        channels: int,
+        open_blocks: int,
+        decoded: dict[tuple[int, int], NDArray[np.uint8]] | None,
+    ) -> None:
         self.url = url
         self.manifest = manifest
         self.resolution = resolution
         self.channels = channels
         self._open_blocks = open_blocks
+        self._decoded = decoded
         self._blocks: OrderedDict[tuple[int, int, int], tuple[int, bytes]] = OrderedDict()
 
     def read(self, shard: int, row: int, *, rows: tuple[int, int]) -> Sample:
-        """The bytes of one image; the neighbours `rows` = [first, last] of the same shard are read with it."""
+        """One image, as bytes or decoded; the neighbours `rows` = [first, last] of its shard are read with it."""
         entry = self.manifest.shards[shard]
-        start, data = self._block(shard, *rows)
-        offset = entry.offsets[row] - start
-        sample: Sample = {
-            "__key__": entry.keys[row],
-            "__url__": storage.join(self.url, entry.name),
-            "image": data[offset : offset + entry.sizes[row]],
-        }
+        sample: Sample = {"__key__": entry.keys[row], "__url__": storage.join(self.url, entry.name)}
         if entry.labels is not None:
             sample["label"] = entry.labels[row]
+        if self._decoded is not None:
+            sample["place"] = (shard, row)
+            if (shard, row) in self._decoded:
+                return sample
+        start, data = self._block(shard, *rows)
+        offset = entry.offsets[row] - start
+        sample["image"] = data[offset : offset + entry.sizes[row]]
         return sample
 
     def _block(self, shard: int, first: int, last: int) -> tuple[int, bytes]:
@@ -139,17 +151,26 @@ class Shards:
     def decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Pipeline stage: bytes to uint8 HWC of the wanted size."""
         for sample in samples:
-            name = f"{storage.redact(sample['__url__'])}: {sample['__key__']}"
-            try:
-                image = images.decode(sample.pop("image"), name=name)
-                if image.shape != (self.resolution, self.resolution, self.channels):
-                    image = images.fit(image, resolution=self.resolution, channels=self.channels)
-            except images.BadImage as error:
-                raise TrainingFailed(
-                    f"{error}; run `dist-gan verify {storage.redact(self.url)}` to find all such images"
-                ) from error
-            sample["pixels"] = image
+            if "image" in sample:
+                sample["pixels"] = self._decode(sample)
+                if self._decoded is not None:
+                    self._decoded[sample["place"]] = sample["pixels"]
+            else:
+                assert self._decoded is not None
+                sample["pixels"] = self._decoded[sample["place"]]
             yield sample
+
+    def _decode(self, sample: Sample) -> NDArray[np.uint8]:
+        name = f"{storage.redact(sample['__url__'])}: {sample['__key__']}"
+        try:
+            image = images.decode(sample.pop("image"), name=name)
+            if image.shape != (self.resolution, self.resolution, self.channels):
+                image = images.fit(image, resolution=self.resolution, channels=self.channels)
+        except images.BadImage as error:
+            raise TrainingFailed(
+                f"{error}; run `dist-gan verify {storage.redact(self.url)}` to find all such images"
+            ) from error
+        return image
 
 
 def batched(samples: Iterable[Sample], *, size: int) -> Iterator[Decoded]:
@@ -205,8 +226,15 @@ class ImageStream:
             [len(rows) for rows in self._rows], seed=draws.seed, lanes=section.lanes, block=section.block
         )
         lanes_here = -(-section.lanes * len(slots) // batch)
+        fits = self._order.length * channels * resolution**2 <= section.cache
         self._new_reader = partial(
-            Shards, url, manifest, resolution=resolution, channels=channels, open_blocks=2 * max(lanes_here, 1) + 8
+            Shards,
+            url,
+            manifest,
+            resolution=resolution,
+            channels=channels,
+            open_blocks=2 * max(lanes_here, 1) + 8,
+            decoded={} if fits else None,
         )
         self.fingerprint = (
             f"{manifest.fingerprint}/seed={draws.seed}/lanes={section.lanes}/block={section.block}"
@@ -274,7 +302,7 @@ class ImageStream:
             for shard, mask in enumerate(self._held_out)
             for row in np.flatnonzero(mask if split == "holdout" else ~mask)
         ]
-        shards = self._new_reader()
+        shards = self._new_reader(decoded=None)
         for start in range(0, len(rows), batch * world_size):
             mine = rows[start + rank : start + batch * world_size : world_size]
             padded = mine + [rows[start]] * (batch - len(mine))

@@ -102,6 +102,32 @@ def test_images_and_labels_are_those_that_were_packed(tmp_path: Path) -> None:
     source.close()
 
 
+def test_what_fits_into_the_cache_is_decoded_once_and_nothing_else_changes(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    decode = images.decode
+
+    def counted(data: bytes, *, name: str) -> images.Pixels:
+        decoded.append(name)
+        return decode(data, name=name)
+
+    monkeypatch.setattr(images, "decode", counted)
+    found, counts = [], []
+    for cache in (700 * 16 * 16 * 3, 700 * 16 * 16 * 3 - 1):
+        source = stream(small_shards, cache=cache, prefetch=1)
+        found.append([source.next() for _ in range(70)])
+        source.close()
+        counts.append(len(decoded))
+        decoded.clear()
+    assert counts[0] == 700
+    assert counts[1] >= 1400
+    for a, b in zip(*found, strict=True):
+        assert a.keys == b.keys
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.images, b.images)
+
+
 def test_a_held_out_image_is_never_trained_on_and_a_scan_reads_each_split_once(small_shards: Path) -> None:
     source = stream(small_shards, holdout=0.2)
     splits = {}

@@ -17,7 +17,7 @@ from dist_gan.data.shapes import AREA, BACKGROUND, CLASS_NAMES, PALETTE, SHADE, 
 
 LARGEST_ERROR = 0.05
 """Root mean square over pixels and channels, in [0, 1], between a valid picture and its drawing. Real ones stay below
-0.015, the drawings of two different shapes are 0.059 or more apart."""
+0.006, the drawings of two different shapes are 0.06 or more apart."""
 LARGEST_BLEMISH = 0.25
 """Largest difference in any channel of the mean over any 3 x 3 pixels: a bite, a bulge or a stain."""
 LARGEST_TINT = 0.08

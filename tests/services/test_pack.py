@@ -9,9 +9,11 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +174,7 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     assert set(manifest.shards[0].keys) == set(names)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared images are not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not beside this checkout")
 def test_real_images_are_packed(tmp_path: Path) -> None:
     with np.load(SHARED / "mnist-test.npz") as arrays:
         np.savez(tmp_path / "mnist.npz", images=arrays["images"][::50], labels=arrays["labels"][::50])
@@ -480,11 +482,28 @@ def test_a_destination_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> Non
             pack(ArraySource(IMAGES), str(tmp_path / dest), **QUIET)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@contextmanager
+def as_a_mere_user() -> Iterator[None]:
+    """Root may write everywhere: it steps down to `nobody` for a while."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
 def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises((UserError, TrainingFailed), match="no write permission"):
-        pack(ArraySource(IMAGES), str(tmp_path / "locked"), **QUIET)
+    pack(ArraySource(IMAGES), str(tmp_path / "first"), **QUIET)  # whatever is imported late is imported now
+    locked = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    locked.chmod(0o555)
+    try:
+        with as_a_mere_user(), pytest.raises((UserError, TrainingFailed), match="no write permission"):
+            pack(ArraySource(IMAGES), str(locked), **QUIET)
+        assert not list(locked.iterdir())
+    finally:
+        locked.rmdir()
 
 
 @pytest.fixture
@@ -547,6 +566,7 @@ def test_a_limit_on_file_sizes_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+import tempfile
 from dist_gan.data.pack import pack
 from dist_gan.data.sources import open_source
 if __name__ == "__main__":

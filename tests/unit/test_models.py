@@ -263,9 +263,20 @@ def test_dcgan_makes_and_reads_every_side(resolution: int, norm: Any, channels: 
     assert [m.out_channels for m in G.modules() if isinstance(m, nn.ConvTranspose2d)] == [*widths[::-1], channels]
 
 
+def test_the_first_stage_is_the_transposed_convolution_that_it_stands_for() -> None:
+    layer = dcgan.GrowFromPoint(7, 5, bias=True).double()
+    x = torch.randn(3, 7, 1, 1, dtype=torch.float64, requires_grad=True)
+    plain = nn.functional.conv_transpose2d(x, layer.weight, layer.bias)
+    assert torch.allclose(layer(x), plain, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(plain.square().sum(), [x, *layer.parameters()])
+    for a, b in zip(torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]), wanted, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
 def test_dcgan_has_no_norm_at_the_generators_output_and_the_discriminators_input() -> None:
     names = [type(m).__name__ for m in dcgan.Generator(resolution=32).stages]
-    assert names == [*["ConvTranspose2d", "BatchNorm2d", "ReLU"] * 3, "ConvTranspose2d", "Tanh"]
+    later = ["BatchNorm2d", "ReLU", "ConvTranspose2d"]
+    assert names == ["GrowFromPoint", *later * 3, "Tanh"]
     names = [type(m).__name__ for m in dcgan.Discriminator(resolution=32).stages]
     assert names == ["Conv2d", "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Flatten"]
 

@@ -47,10 +47,7 @@ def _case(shards: str, *, loss: str = "relativistic", accumulate: bool = False, 
 
 
 def cases(shards: str, *, world_size: int) -> dict[str, RunConfig]:
-    """Every loss with every penalty, plain and accumulated; and what else changes an update.
-
-    Four processes on two cores are slow: they train every loss and every penalty, not every pair.
-    """
+    """Every loss with every penalty, plain and accumulated; and what else changes an update."""
     found = {}
     for loss in LOSSES:
         for penalty, settings in PENALTIES.items():
@@ -73,7 +70,4 @@ def cases(shards: str, *, world_size: int) -> dict[str, RunConfig]:
             found[f"{name}/{'accumulated' if accumulate else 'plain'}"] = _case(
                 shards, accumulate=accumulate, world_size=world_size, **settings
             )
-    if world_size == 4:
-        pairs = {f"{loss}/{penalty}" for loss, penalty in zip(LOSSES, [*PENALTIES, "r1+r2"], strict=True)}
-        found = {n: c for n, c in found.items() if n.rsplit("/", 1)[0] in pairs or n.split("/")[0] in extra}
     return found

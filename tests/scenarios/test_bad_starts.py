@@ -281,7 +281,7 @@ def test_dry_run_and_help_touch_nothing(capsys: pytest.CaptureFixture[str], tmp_
     code, shown = start(capsys, "--dry-run", f"run.dir={tmp_path / 'run'}")
     assert code == 0
     assert "parameters" in shown
-    assert "64 images" in shown or "32 images" in shown
+    assert "16 images = 1 processes x 1 micro-batches x 16" in shown
     assert not (tmp_path / "run").exists()
     code, shown = start(capsys, "--help")
     assert code == 0

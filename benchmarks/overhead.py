@@ -27,14 +27,12 @@ from torch.nn.functional import softplus
 from dist_gan.config import PointsData, RunConfig
 from dist_gan.config_reader import load_config
 from dist_gan.draws import Draws
-from dist_gan.ema import GeneratorEMA
 from dist_gan.models import build_networks
-from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Runtime
+from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import at, knobs_at
-from dist_gan.state import Progress, TrainState
-from dist_gan.step import Rules, train_step
+from dist_gan.step import train_step
+from dist_gan.trainer import new_state
 from dist_gan.types import Batch, Networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,13 +112,11 @@ class PlainLoop:
         return d_norm, g_norm
 
 
-def our_step(runtime: Runtime, config: RunConfig, networks: Networks, pool: Pool) -> Any:
+def our_step(runtime: Runtime, config: RunConfig, pool: Pool) -> Any:
     """A closure that runs one step of the toolkit, as the trainer's loop does between ticks."""
     draws = Draws(0, device=runtime.device)
-    generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
-    objective = AdversarialObjective(config.objective, latent_dim=config.networks.latent_dim)
-    state = TrainState(generator, discriminator, GeneratorEMA(generator.module), pool, Progress())
-    scalars, rules = ScalarMeans(), Rules(batch=config.run.batch, fresh_batch_for_g=True)
+    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=0), pool)
+    scalars = ScalarMeans()
 
     def step() -> None:
         knobs = knobs_at(state.progress.images, config=config)
@@ -132,11 +128,10 @@ def our_step(runtime: Runtime, config: RunConfig, networks: Networks, pool: Pool
 def compare_steps(pairs: int) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "dcgan-cifar10.yaml", ["data.url=unused", "runtime.precision=fp32"])
     assert not isinstance(config.data, PointsData)
-    runtime = Runtime(config.runtime)
+    runtime = Runtime(config.runtime, Launch())
     images = torch.rand(1024, 3, 32, 32) * 2 - 1
-    networks = build_networks(config.networks, seed=0)
-    plain = PlainLoop(Networks(*(copy.deepcopy(n) for n in networks)), config, Pool(images, config.run.batch))
-    ours = our_step(runtime, config, networks, Pool(images, config.run.batch))
+    plain = PlainLoop(build_networks(config.networks, seed=0), config, Pool(images, config.run.batch))
+    ours = our_step(runtime, config, Pool(images, config.run.batch))
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     for pair in range(pairs + 5):
         order = [("ours", ours), ("plain", plain.step)]

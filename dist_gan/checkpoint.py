@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_gan import storage, tensorfile
 from dist_gan.checkpoint_format import FORMAT, VERSION, Found, listed, newest, read
 from dist_gan.runtime import Runtime
-from dist_gan.types import Stateful, TrainingFailed, UserError
+from dist_gan.types import Stateful, TensorFacts, TrainingFailed, UserError
 
 
 class Checkpointer:
@@ -41,16 +41,14 @@ class Checkpointer:
             TrainingFailed: on every rank, if any could not write, or if the replicas differ.
         """
         runtime = self._runtime
-        tensors = {f"{part}/{name}": t for part, state in parts.items() for name, t in state.tensors().items()}
-        runtime.check_replicas(tensors)
+        mine = self._my_share(parts)
         url = runtime.share_json(self._next_url(images) if runtime.is_main else None)
         problem = None
         written: dict[str, Any] = {}
         try:
             storage.make_folder(url)
-            mine = _dealt(tensors, runtime.world_size)[runtime.rank]
             name = f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors"
-            data = tensorfile.to_bytes({n: tensors[n] for n in mine})
+            data = tensorfile.to_bytes(mine)
             storage.publish(storage.join(url, name), data)
             written = {
                 "file": name,
@@ -76,6 +74,25 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(url)}: {storage.why(error)}"
         runtime.agree(problem)
         return str(url)
+
+    def _my_share(self, parts: Mapping[str, Stateful]) -> dict[str, Tensor]:
+        """Copies on the host of the tensors that this rank writes, once all ranks are known to have the same.
+
+        Raises:
+            TrainingFailed: the replicas differ.
+        """
+        runtime = self._runtime
+        table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
+        mine = set(_dealt(table, runtime.world_size)[runtime.rank])
+        kept: dict[str, Tensor] = {}
+        with runtime.compared_replicas() as seen:
+            for part, state in parts.items():
+                for name, tensor in state.tensors():
+                    seen(f"{part}/{name}", tensor)
+                    if f"{part}/{name}" in mine:
+                        kept[f"{part}/{name}"] = tensor.detach().to("cpu", copy=True)
+        assert kept.keys() == mine, f"a part's table is not what it gives: {sorted(kept.keys() ^ mine)[:5]}"
+        return kept
 
     def _next_url(self, images: int) -> str:
         serials = [serial for serial, _ in listed(self.folder)]
@@ -150,7 +167,7 @@ class Checkpointer:
         return manifest
 
 
-def _dealt(tensors: Mapping[str, Tensor], ranks: int) -> list[list[str]]:
+def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
     """Names for each rank: the largest first, always to the rank that has the fewest bytes."""
     hands: list[list[str]] = [[] for _ in range(ranks)]
     held = [0] * ranks

@@ -192,8 +192,8 @@ class DCGANNetworks(Section):
     """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
     g_norm: Literal["batch", "none"] = "batch"
     """Normalisation in the generator."""
-    d_norm: Literal["batch", "none"] = "batch"
-    """Normalisation in the discriminator; gradient penalties are defined for `none`."""
+    d_norm: Literal["batch", "none", "spectral"] = "batch"
+    """Normalisation in the discriminator: of activations, or of weights; gradient penalties are not defined for `batch`."""
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
     """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
     d_stddev: Annotated[Count, Field(ge=0)] = 0
@@ -290,6 +290,12 @@ class RuntimeSection(Section):
     """Images a process forwards at once; its share of the batch is accumulated in pieces of this size. None: at once."""
     threads: Annotated[Count, Field(gt=0)] | None = None
     """CPU threads a process; None: cores divided by the processes of this machine."""
+    sync_batchnorm: bool = False
+    """Batch normalisation over the batch of all processes, instead of each its own with averaged running statistics."""
+    compress: Literal["none", "bf16"] = "none"
+    """`bf16` halves the bytes of DDP's gradients on their way between processes; replicas stay equal, rounding grows."""
+    compare_every: Annotated[Count, Field(gt=0)] | None = None
+    """Images between comparisons of the replicas of networks and average; None: at every checkpoint only."""
     deterministic: bool = False
     """Only deterministic CUDA kernels, so that a resumed run is bitwise the same there too."""
     start_timeout_s: Annotated[Count, Field(ge=10)] = 1800

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dist_gan.types import TensorFacts, facts_of
 
 
 class GeneratorEMA:
@@ -16,22 +19,35 @@ class GeneratorEMA:
     appendix; half-life in images as in StyleGAN2).
     """
 
-    def __init__(self, generator: nn.Module) -> None:
-        self.module = copy.deepcopy(generator).eval().requires_grad_(False)
+    def __init__(self, generator: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.module = copy.deepcopy(generator).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._parameters = dict(self.module.named_parameters())
 
     @torch.no_grad()
-    def update(self, generator: nn.Module, *, images: int, half_life: float) -> None:
-        """Moves the average by `images` seen since the last update; a half-life of 0 copies."""
+    def update(
+        self, weights: Iterable[Mapping[str, Tensor]], buffers: Iterable[Tensor], *, images: int, half_life: float
+    ) -> None:
+        """Moves the average by `images` seen since the last update; a half-life of 0 copies.
+
+        Args:
+            weights: the generator's parameters by name, in parts: they need not all be whole at once.
+            buffers: its buffers, in order.
+        """
         weight = 1.0 - 0.5 ** (images / half_life) if half_life > 0 else 1.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(generator.parameters()), weight)
-        for average, current in zip(self.module.buffers(), generator.buffers(), strict=True):
+        for part in weights:
+            torch._foreach_lerp_([self._parameters[name] for name in part], list(part.values()), weight)
+        for average, current in zip(self.module.buffers(), buffers, strict=True):
             average.copy_(current)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Averaged parameters and buffers by name."""
-        return dict(self.module.state_dict())
+    def table(self) -> dict[str, TensorFacts]:
+        """Of the averaged parameters and buffers."""
+        return {name: facts_of(tensor) for name, tensor in self.module.state_dict().items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Averaged parameters and buffers by name."""
+        return iter(self.module.state_dict().items())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
         self.module.load_state_dict(tensors)
 

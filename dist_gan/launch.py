@@ -8,11 +8,13 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from dist_gan import storage
 from dist_gan.config import RunConfig
 from dist_gan.data.embedded import prepare_data
 from dist_gan.run_folder import OUTCOME, RunFolder, refuse, write_outcome
-from dist_gan.runtime import Runtime
+from dist_gan.runtime import Runtime, read_launch
 from dist_gan.trainer import build, fit
 from dist_gan.types import TrainingFailed, UserError
 
@@ -31,13 +33,16 @@ def run(config: RunConfig) -> int:
     try:
         if int(os.environ.get("RANK", "0")) == 0:
             try:
+                launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
                 folder = RunFolder(config)
             except UserError as error:
                 say(str(error))
                 refuse(Path(config.run.dir), reason=str(error))
                 return CONFIGURATION_WRONG
             prepare_data(config)
-        runtime = Runtime(config.runtime)
+        else:
+            launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
+        runtime = Runtime(config.runtime, launched)
         images = _train(config, runtime, folder)
         if folder is not None:
             folder.write_outcome("finished", code=FINISHED, images=images, reason="")

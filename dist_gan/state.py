@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from dist_gan.data import Stream
 from dist_gan.ema import GeneratorEMA
 from dist_gan.runtime import Player
-from dist_gan.types import Stateful
+from dist_gan.types import Stateful, TensorFacts, facts_of
 
 
 @dataclass
@@ -34,11 +35,15 @@ class Progress:
     memory: dict[str, Tensor] = field(default_factory=dict)
     """The objective's memory."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The objective's memory."""
-        return self.memory
+    def table(self) -> dict[str, TensorFacts]:
+        """Of the objective's memory."""
+        return {name: facts_of(tensor) for name, tensor in self.memory.items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The objective's memory."""
+        return iter(self.memory.items())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
         assert tensors.keys() == self.memory.keys(), (sorted(tensors), sorted(self.memory))
         for name, tensor in tensors.items():
@@ -61,10 +66,13 @@ class _StreamState:
     def __init__(self, stream: Stream) -> None:
         self.values, self.load_values = stream.values, stream.load_values
 
-    def tensors(self) -> dict[str, Tensor]:
+    def table(self) -> dict[str, TensorFacts]:
         return {}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         assert not tensors
 
 

@@ -74,7 +74,10 @@ def train_step(
     progress.g_updates += 1
     if updates[-1].applied:
         state.ema.update(
-            generator.module, images=progress.images - progress.averaged_images, half_life=knobs.ema_half_life
+            generator.weights(),
+            generator.module.buffers(),
+            images=progress.images - progress.averaged_images,
+            half_life=knobs.ema_half_life,
         )
         progress.averaged_images = progress.images
     return updates

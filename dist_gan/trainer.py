@@ -24,7 +24,7 @@ from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
 from dist_gan.step import Rules, train_step
 from dist_gan.tracker import Tracker, profiled
-from dist_gan.types import Scalars, TrainingFailed, UserError
+from dist_gan.types import Networks, Scalars, TrainingFailed, UserError
 
 MODE_SAMPLES = 5_000
 """Samples that the modes of the embedded data set are counted in."""
@@ -51,24 +51,7 @@ def build(config: RunConfig, runtime: Runtime, *, attempt: int) -> Run:
     """
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
     networks = build_networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
-    generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
-    objective = AdversarialObjective(
-        config.objective, latent_dim=config.networks.latent_dim, penalties_apart=runtime.precision == "bf16"
-    )
-    state = TrainState(
-        generator=generator,
-        discriminator=discriminator,
-        ema=GeneratorEMA(generator.module),
-        stream=_stream(config, runtime, draws),
-        progress=Progress(memory=objective.initial_memory(runtime.device, runtime.dtype)),
-    )
-    rules = Rules(
-        batch=config.run.batch,
-        d_updates=config.run.d_updates,
-        micro_batch=config.runtime.micro_batch,
-        penalty_every=config.objective.penalty_every,
-        fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
-    )
+    state, objective, rules = new_state(config, runtime, networks, _stream(config, runtime, draws))
     checkpointer = Checkpointer(
         storage.join(config.run.dir, "checkpoints"),
         runtime=runtime,
@@ -104,6 +87,27 @@ def build(config: RunConfig, runtime: Runtime, *, attempt: int) -> Run:
         **runtime.describe(),
     )
     return Run(config, runtime, state, objective, draws, rules, checkpointer, tracker)
+
+
+def new_state(
+    config: RunConfig, runtime: Runtime, networks: Networks, stream: Stream
+) -> tuple[TrainState, AdversarialObjective, Rules]:
+    """Everything that learns, as it is before the first image; the networks become the players'."""
+    # Before the players: ZeRO's third stage takes the networks apart.
+    ema = GeneratorEMA(networks.generator, device=runtime.device, dtype=runtime.dtype)
+    generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
+    objective = AdversarialObjective(
+        config.objective, latent_dim=config.networks.latent_dim, penalties_apart=runtime.precision == "bf16"
+    )
+    rules = Rules(
+        batch=config.run.batch,
+        d_updates=config.run.d_updates,
+        micro_batch=config.runtime.micro_batch,
+        penalty_every=config.objective.penalty_every,
+        fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
+    )
+    progress = Progress(memory=objective.initial_memory(runtime.device, runtime.dtype))
+    return TrainState(generator, discriminator, ema, stream, progress), objective, rules
 
 
 def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
@@ -166,6 +170,8 @@ def fit(run: Run) -> int:
             step_done()
 
             now = progress.images
+            if config.runtime.compare_every and _due(before, now, config.runtime.compare_every, total):
+                _compare_replicas(run)
             if _due(before, now, config.log.every, total) or _due(before, now, config.checkpoint.every, total):
                 values = scalars.flush(runtime) | _counters(progress) | _moving(knobs._asdict())
                 timing = clock.tick(runtime)
@@ -242,6 +248,20 @@ def _watch_nonfinite(run: Run, updates: list[Update]) -> None:
             )
             run.tracker.event("failure", images=progress.images, phenomenon="nonfinite", reason=reason)
             raise TrainingFailed(reason)
+
+
+def _compare_replicas(run: Run) -> None:
+    """Ends the run when the ranks no longer train the same networks; a checkpoint compares everything it keeps."""
+    state = run.state
+    with run.runtime.compared_replicas() as seen:
+        for player in (state.generator, state.discriminator):
+            for part in player.weights():
+                for name, tensor in part.items():
+                    seen(f"{player.name}/weights/{name}", tensor)
+            for name, tensor in player.module.named_buffers():
+                seen(f"{player.name}/buffers/{name}", tensor)
+        for name, tensor in state.ema.tensors():
+            seen(f"ema/{name}", tensor)
 
 
 def _grid(run: Run) -> None:

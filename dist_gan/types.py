@@ -6,7 +6,8 @@ Images are float in [-1, 1] once the stream has put them on the device; they tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -66,15 +67,31 @@ class Networks(NamedTuple):
     discriminator: nn.Module
 
 
+class TensorFacts(NamedTuple):
+    """What is known of a tensor without having it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """Whatever must survive a restart: tensors by name, and JSON values by name."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Live tensors by name; loading writes into the same places."""
+    def table(self) -> dict[str, TensorFacts]:
+        """Names, shapes and dtypes of its tensors, in their order; equal on every rank."""
         ...
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Its tensors, whole, one after another; each may be gone once the next is asked for. Collective."""
+        ...
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `tensors` gave."""
         ...
 
@@ -103,3 +120,8 @@ def unit_range(images_uint8: Tensor, *, dtype: torch.dtype = torch.float32) -> T
 def byte_range(images: Tensor) -> Tensor:
     """Floats in [-1, 1] as bytes 0..255, rounded; what lies outside is clamped."""
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def facts_of(tensor: Tensor) -> TensorFacts:
+    """Shape and dtype of a tensor."""
+    return TensorFacts(tuple(tensor.shape), tensor.dtype)

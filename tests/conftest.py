@@ -22,11 +22,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch_command(script: str | Path, arguments: Sequence[str], *, processes: int) -> list[str]:
-    """`accelerate launch`: without arguments for one process, with launch/cpu.yaml for several."""
+def launch_command(
+    script: str | Path, arguments: Sequence[str], *, processes: int, config_file: str | Path | None = None
+) -> list[str]:
+    """`accelerate launch`: without arguments for one process, with launch/cpu.yaml for several, or as told."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if processes > 1:
-        command += ["--config_file", str(ROOT / "launch" / "cpu.yaml"), "--num_processes", str(processes)]
+    if processes > 1 or config_file is not None:
+        command += ["--config_file", str(config_file or ROOT / "launch" / "cpu.yaml")]
+        command += ["--num_processes", str(processes)]
         command += ["--main_process_port", str(free_port())]
     return [*command, str(script), *arguments]
 
@@ -40,10 +43,16 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def launch(
-    script: str | Path, arguments: Sequence[str], *, processes: int = 1, timeout_s: float = 300, cwd: Path = ROOT
+    script: str | Path,
+    arguments: Sequence[str],
+    *,
+    processes: int = 1,
+    config_file: str | Path | None = None,
+    timeout_s: float = 300,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        launch_command(script, arguments, processes=processes),
+        launch_command(script, arguments, processes=processes, config_file=config_file),
         cwd=cwd,
         env=environment(),
         capture_output=True,

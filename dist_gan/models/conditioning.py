@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dist_gan.models.spectral import SpectralEmbedding, SpectralLinear
+
 
 def require_labels(labels_B: Tensor | None) -> Tensor:
     """The labels of a conditional network; leaving them out is the caller's mistake."""
@@ -30,10 +32,10 @@ class LatentWithLabel(nn.Module):
 class ProjectionHead(nn.Module):
     """Logit of features: w . h + b, plus <embedding of the class, h> / sqrt(F) (Miyato and Koyama 2018): BF, B -> B."""
 
-    def __init__(self, *, features: int, classes: int) -> None:
+    def __init__(self, *, features: int, classes: int, spectral: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, 1)
-        self.embedding = nn.Embedding(classes, features) if classes else None
+        self.linear = (SpectralLinear if spectral else nn.Linear)(features, 1)
+        self.embedding = (SpectralEmbedding if spectral else nn.Embedding)(classes, features) if classes else None
         self.scale = features**-0.5
 
     def forward(self, features_BF: Tensor, labels_B: Tensor | None = None) -> Tensor:

@@ -3,7 +3,8 @@
 Generator: a 4x4 transposed convolution of the latent, then 4x4 stride-2 stages; ReLU; tanh at the end.
 Discriminator: the mirror image with LeakyReLU 0.2. With `batch` norm it is the paper's network: weights N(0, 0.02),
 no norm at the generator's output and the discriminator's input, no bias before a norm. With `none` the weights are
-He-normal instead (He et al. 2015), since nothing rescales the activations.
+He-normal instead (He et al. 2015), since nothing rescales the activations; with `spectral`, in the discriminator, too,
+and every weight is divided by its largest singular value (Miyato et al. 2018).
 
 Two additions from StyleGAN are options: dense layers before the first stage (Karras et al. 2019, section 2), and the
 minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3).
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+from dist_gan.models.spectral import SpectralConv2d, begin_spectral
 
-Norm = Literal["batch", "none"]
+Norm = Literal["batch", "none", "spectral"]
+"""`spectral` is for the discriminator."""
 MAPPING_WIDTH = 128
 
 
@@ -148,15 +151,18 @@ class Discriminator(nn.Module):
         previous = channels
         for index, out in enumerate(widths):
             normed = norm == "batch" and index > 0
-            stages.append(nn.Conv2d(previous, out, 4, 2, 1, bias=not normed))
+            stages.append(
+                (SpectralConv2d if norm == "spectral" else nn.Conv2d)(previous, out, 4, 2, 1, bias=not normed)
+            )
             stages += [nn.BatchNorm2d(out)] if normed else []
             stages.append(nn.LeakyReLU(0.2))
             previous = out
         stages += [MinibatchStdDev(stddev_group)] if stddev_group else []
         self.stages = nn.Sequential(*stages, nn.Flatten())
         features = 16 * (previous + (1 if stddev_group else 0))
-        self.head = ProjectionHead(features=features, classes=classes)
+        self.head = ProjectionHead(features=features, classes=classes, spectral=norm == "spectral")
         _initialise(self, norm=norm, slope=0.2)
+        begin_spectral(self)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.head(self.stages(images_BCHW), labels_B)

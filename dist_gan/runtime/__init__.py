@@ -1,6 +1,7 @@
 """The only importer of accelerate and deepspeed: processes, devices, precision, and the two players wrapped for them."""
 
+from dist_gan.runtime.launched import Launch, read_launch
 from dist_gan.runtime.player import Player, Update
 from dist_gan.runtime.runtime import Runtime
 
-__all__ = ["Player", "Runtime", "Update"]
+__all__ = ["Launch", "Player", "Runtime", "Update", "read_launch"]

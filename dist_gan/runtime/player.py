@@ -1,8 +1,14 @@
-"""A player of the two-player game: one network with its optimizer, wrapped for the strategy of the launch."""
+"""A player of the two-player game: one network with its optimizer, and how its gradient is reduced.
+
+`TorchPlayer` is one process or DDP; dist_gan.runtime.zero has DeepSpeed's. Tensors go in and out by the names of the
+parameters, whole and in fp32, so that what one strategy wrote another can read.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_gan.config import AdamSection, SGDSection
+from dist_gan.models.spectral import spectral_weights
+from dist_gan.types import TensorFacts
+
+OptimSection = AdamSection | SGDSection
 
 
 class Update(NamedTuple):
@@ -24,90 +34,98 @@ class Update(NamedTuple):
     """First parameter whose gradient was not finite."""
 
 
-class Player:
-    """One network and its optimizer under single-process or DDP training.
+class Player(ABC):
+    """One network and its optimizer under some strategy.
 
     Args:
         name: `generator` or `discriminator`.
-        module: the network itself, for evaluation, for the other player's turn, and for its tensors.
-        wrapped: what is called in its own turn; the module, or DDP around it.
-        section: the optimizer's settings.
+        module: the network itself, for the other player's turn and for its buffers.
+        clip: largest norm of the whole gradient; 0 for no clipping.
     """
 
-    def __init__(self, name: str, module: nn.Module, wrapped: nn.Module, *, section: AdamSection | SGDSection) -> None:
+    def __init__(self, name: str, module: nn.Module, *, clip: float) -> None:
         self.name = name
         self.module = module
-        self.wrapped = wrapped
-        self.clip = section.clip
-        self._parameters = dict(module.named_parameters())
-        self.optimizer = _build_optimizer(list(self._parameters.values()), section)
+        self.clip = clip
+        self.parameters = dict(module.named_parameters())
+        self._spectral = spectral_weights(module)
+        self._shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
 
-    def without_reduction(self) -> AbstractContextManager[Any]:
-        """Encloses the forward passes of every micro-batch but the last."""
-        return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
+    # -- a turn ---------------------------------------------------------------------------------------------------
 
+    @property
+    @abstractmethod
+    def callable(self) -> nn.Module:
+        """What is called in its own turn."""
+
+    @abstractmethod
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Encloses the forward passes of one micro-batch; gradients are reduced with the `last` one."""
+
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the loss' gradient to the parameters'."""
-        loss.backward()
 
+    @abstractmethod
     def update(self, *, lr: float, beta2: float) -> Update:
         """Clips, and moves the weights unless the gradient's norm is not finite; gradients are cleared either way.
 
         Reading the norm is the one host synchronisation of a turn.
         """
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        assert gradients, f"the {self.name}'s loss reaches none of its parameters"
-        norm_tensor = torch.nn.utils.get_total_norm(gradients)
-        norm = float(norm_tensor)
-        applied = math.isfinite(norm)
-        culprit = None
-        if applied:
-            if 0 < self.clip < norm:
-                torch._foreach_mul_(gradients, self.clip / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-                if "betas" in group:
-                    group["betas"] = (group["betas"][0], beta2)
-            self.optimizer.step()
-        else:
-            culprit = self._first_not_finite()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, applied, culprit)
 
-    def _first_not_finite(self) -> str:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                return f"{self.name}/{name}"
-        return f"{self.name} (every gradient is finite, the norm of all is not)"
+    # -- its tensors ----------------------------------------------------------------------------------------------
 
-    def full_tensors(self) -> dict[str, Tensor]:
-        """Weights, buffers and the optimizer's moments by name: live tensors, whole, on every rank."""
-        found: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in self._parameters.items()}
-        found |= {f"buffers/{name}": b for name, b in self.module.named_buffers()}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"optimizer/{name}/{key}"] = value
+    @abstractmethod
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """The parameters by name, whole, a part at a time; each part is gone once the next is asked for. Collective."""
+
+    @abstractmethod
+    def moments(self) -> tuple[str, ...]:
+        """Names of the optimizer's state of every parameter; none before the first update."""
+
+    @abstractmethod
+    def full_moment(self, parameter: str, key: str) -> Tensor:
+        """One moment of one parameter, whole. Collective."""
+
+    @abstractmethod
+    def load_full_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `full_tensors` gave, from any strategy. Collective.
+
+        Raises:
+            ValueError: names or shapes are not this network's.
+        """
+
+    def table(self) -> dict[str, TensorFacts]:
+        """Name, shape and dtype of everything that `full_tensors` gives, in its order."""
+        dtype = next(iter(self.parameters.values())).dtype
+        found = {f"weights/{n}": TensorFacts(shape, dtype) for n, shape in self._shapes.items()}
+        found |= {f"buffers/{n}": TensorFacts(tuple(b.shape), b.dtype) for n, b in self.module.named_buffers()}
+        for name, shape in self._shapes.items():
+            for key in self.moments():
+                found[f"optimizer/{name}/{key}"] = (
+                    TensorFacts((), torch.float32) if key == "step" else TensorFacts(shape, dtype)
+                )
         return found
 
-    @torch.no_grad()
-    def load_full_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `full_tensors` gave, from any strategy; names must match exactly."""
-        own: dict[str, Tensor] = {f"weights/{name}": p for name, p in self._parameters.items()}
-        own |= {f"buffers/{name}": b for name, b in self.module.named_buffers()}
-        moments = sorted(name for name in tensors if name.startswith("optimizer/"))
-        missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - set(moments)
-        if missing or unknown:
-            raise ValueError(f"{self.name}: tensors missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}")
-        for name, place in own.items():
-            place.copy_(tensors[name])
-        self.optimizer.state.clear()
-        for name in moments:
-            parameter_name, key = name.removeprefix("optimizer/").rsplit("/", 1)
-            parameter = self._parameters[parameter_name]
-            self.optimizer.state[parameter][key] = tensors[name].to(parameter.device).clone()
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights, buffers and moments by name, whole, one after another on every rank alike: live tensors or copies.
 
-    tensors, load_tensors = full_tensors, load_full_tensors
+        Each is gone once the next is asked for, so that no more than one part is ever held. Collective.
+        """
+        for part in self.weights():
+            yield from ((f"weights/{name}", tensor) for name, tensor in part.items())
+        yield from ((f"buffers/{name}", buffer) for name, buffer in self.module.named_buffers())
+        for name in self.parameters:
+            for key in self.moments():
+                yield f"optimizer/{name}/{key}", self.full_moment(name, key)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint keeps."""
+        return self.full_tensors()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        self.load_full_tensors(tensors)
 
     def values(self) -> dict[str, Any]:
         """Nothing but tensors is kept: learning rates are functions of the images seen."""
@@ -117,8 +135,119 @@ class Player:
         """Nothing but tensors is kept."""
         assert not values
 
+    # -- for the strategies ---------------------------------------------------------------------------------------
 
-def _build_optimizer(parameters: list[nn.Parameter], section: AdamSection | SGDSection) -> torch.optim.Optimizer:
+    def _check_names(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Raises unless every weight and buffer is there in its shape; returns the names of the moments."""
+        own = {name: facts for name, facts in self.table().items() if not name.startswith("optimizer/")}
+        moments = {name for name in tensors if name.startswith("optimizer/")}
+        missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - moments
+        if missing or unknown:
+            raise ValueError(f"{self.name}: tensors missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}")
+        for name, facts in own.items():
+            if tuple(tensors[name].shape) != facts.shape:
+                raise ValueError(f"{self.name}: {name} is {tuple(tensors[name].shape)} and has to be {facts.shape}")
+        keys = tuple(dict.fromkeys(name.rsplit("/", 1)[1] for name in tensors if name in moments))
+        expected = {f"optimizer/{name}/{key}" for name in self.parameters for key in keys}
+        if moments != expected:
+            raise ValueError(f"{self.name}: moments of {sorted(moments ^ expected)[:5]} are missing or unknown")
+        return keys
+
+    def _iterate_spectral(self) -> None:
+        """Moves the vectors of spectral normalisation after the weights."""
+        if self._spectral:
+            for part in self.weights():
+                for name in part.keys() & self._spectral.keys():
+                    self._spectral[name].iterate(part[name])
+
+    def _load_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(tensors[f"buffers/{name}"])
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, beta2: float) -> None:
+    """Learning rate and decay of the second moment for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (group["betas"][0], beta2)
+
+
+class TorchPlayer(Player):
+    """One process, or DDP around the network.
+
+    Args:
+        wrapped: what is called in its own turn; the module, or DDP around it.
+        optimizer: over the module's parameters, in their order.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float
+    ) -> None:
+        super().__init__(name, module, clip=clip)
+        self.wrapped = wrapped
+        self.optimizer = optimizer
+
+    @property
+    def callable(self) -> nn.Module:
+        return self.wrapped
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        if not last and isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, *, lr: float, beta2: float) -> Update:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        assert gradients, f"the {self.name}'s loss reaches none of its parameters"
+        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = float(norm_tensor)
+        applied = math.isfinite(norm)
+        culprit = None
+        if applied:
+            if 0 < self.clip < norm:
+                torch._foreach_mul_(gradients, self.clip / norm)
+            set_rates(self.optimizer, lr=lr, beta2=beta2)
+            self.optimizer.step()
+            self._iterate_spectral()
+        else:
+            culprit = self._first_not_finite()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, applied, culprit)
+
+    def _first_not_finite(self) -> str:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return f"{self.name}/{name}"
+        return f"{self.name} (every gradient is finite, the norm of all is not)"
+
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        yield {name: p.detach() for name, p in self.parameters.items()}
+
+    def moments(self) -> tuple[str, ...]:
+        state = self.optimizer.state.get(next(iter(self.parameters.values())), {})
+        return tuple(key for key, value in state.items() if isinstance(value, Tensor))
+
+    def full_moment(self, parameter: str, key: str) -> Tensor:
+        return self.optimizer.state[self.parameters[parameter]][key]
+
+    @torch.no_grad()
+    def load_full_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        keys = self._check_names(tensors)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weights/{name}"])
+        self._load_buffers(tensors)
+        self.optimizer.state.clear()
+        for name, parameter in self.parameters.items():
+            for key in keys:
+                value = tensors[f"optimizer/{name}/{key}"]
+                self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def build_optimizer(parameters: list[nn.Parameter], section: OptimSection) -> torch.optim.Optimizer:
     """torch's fused optimizers; learning rate and beta2 are set at every update."""
     if isinstance(section, SGDSection):
         return torch.optim.SGD(

@@ -6,22 +6,28 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
 
-from dist_gan.config import AdamSection, RuntimeSection, SGDSection
-from dist_gan.runtime.player import Player
-from dist_gan.types import Network, Networks, TrainingFailed, UserError
-
-_PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp64": "fp64"}
+from dist_gan.config import RuntimeSection
+from dist_gan.runtime.batchnorm import synchronise_batchnorm
+from dist_gan.runtime.fingerprint import fingerprint
+from dist_gan.runtime.launched import Launch
+from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
+from dist_gan.types import Network, Networks, TrainingFailed
 
 
 class Runtime:
@@ -31,26 +37,26 @@ class Runtime:
     gathers, never in the way of a kernel), writer (gloo: for the checkpoint alone).
     """
 
-    def __init__(self, section: RuntimeSection) -> None:
+    def __init__(self, section: RuntimeSection, launch: Launch) -> None:
         self.section = section
-        self.precision = resolve_precision(section)
+        self.launch = launch
+        self.precision = launch.precision
         self._set_threads()
-        self._accelerator = Accelerator(
+        on_cpu = not torch.cuda.is_available()
+        timeout = timedelta(seconds=section.start_timeout_s)
+        if launch.zero_stage is None:
+            handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
             # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
-            cpu=not torch.cuda.is_available(),
-            mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=section.start_timeout_s)),
-            ],
-        )
-        self.rank: int = self._accelerator.process_index
-        self.world_size: int = self._accelerator.num_processes
-        self.device: torch.device = self._accelerator.device
+            self._accelerators = {"both": Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)}
+        else:
+            self._accelerators = _deepspeed_accelerators(launch.zero_stage, on_cpu=on_cpu, timeout=timeout)
+        accelerator = next(iter(self._accelerators.values()))
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         assert self.world_size == launched, f"{launched} processes were launched, {self.world_size} found each other"
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        timeout = timedelta(seconds=section.start_timeout_s)
         self._control = self._writer = None
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=timeout)
@@ -77,27 +83,41 @@ class Runtime:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
-            "strategy": "ddp" if self.world_size > 1 else "single",
+            "strategy": self.launch.strategy + ("+offload" if self.launch.offload else ""),
         }
 
     # -- the two players ------------------------------------------------------------------------------------------
 
-    def players(
-        self, networks: Networks, *, g_optim: AdamSection | SGDSection, d_optim: AdamSection | SGDSection
-    ) -> tuple[Player, Player]:
-        """Generator and discriminator, moved to the device, wrapped, each with its optimizer."""
-        players = []
-        for name, module, section in (
-            ("generator", networks.generator, g_optim),
-            ("discriminator", networks.discriminator, d_optim),
-        ):
-            module = module.to(device=self.device, dtype=self.dtype)
+    def players(self, networks: Networks, *, g_optim: OptimSection, d_optim: OptimSection) -> tuple[Player, Player]:
+        """Generator and discriminator, moved to the device, wrapped, each with its optimizer.
+
+        In ZeRO stage 3 the networks' weights are partitioned in place: whatever needs them whole copies them before.
+        """
+        return (
+            self._player("generator", networks.generator, g_optim),
+            self._player("discriminator", networks.discriminator, d_optim),
+        )
+
+    def _player(self, name: str, module: nn.Module, section: OptimSection) -> Player:
+        module = module.to(device=self.device, dtype=self.dtype)
+        if self.section.sync_batchnorm:
+            module = synchronise_batchnorm(module)
+        optimizer = build_optimizer(list(module.parameters()), section)
+        if self.launch.zero_stage is None:
             with warnings.catch_warnings():
                 # torch 2.13 renames broadcast_buffers; accelerate knows the old name only, and torch 2.11 too.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-                wrapped = self._accelerator.prepare_model(module)
-            players.append(Player(name, module, wrapped, section=section))
-        return players[0], players[1]
+                wrapped = self._accelerators["both"].prepare_model(module)
+            return TorchPlayer(name, module, wrapped, optimizer, clip=section.clip)
+        from dist_gan.runtime.zero import engine_player, engine_settings
+
+        accelerator, stage = self._accelerators[name], self.launch.zero_stage
+        accelerator.state.select_deepspeed_plugin(name)
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            engine_settings(self.launch.zero_options, stage=stage, offload=self.launch.offload, clip=section.clip)
+        )
+        engine, _ = accelerator.prepare(module, optimizer)
+        return engine_player(name, engine, optimizer, stage=stage, clip=section.clip)
 
     @contextmanager
     def turn(self, active: Player, resting: Player, *, last_micro: bool) -> Iterator[tuple[Network, Network]]:
@@ -108,11 +128,11 @@ class Runtime:
         """
         active.module.requires_grad_(True)
         resting.module.requires_grad_(False)
-        with nullcontext() if last_micro else active.without_reduction(), self._autocast():
+        with active.accumulate(last=last_micro), self._autocast():
             if active.name == "generator":
-                yield active.wrapped, resting.module
+                yield active.callable, resting.module
             else:
-                yield resting.module, active.wrapped
+                yield resting.module, active.callable
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "bf16":
@@ -199,26 +219,39 @@ class Runtime:
             if text is not None:
                 raise TrainingFailed(text if self.world_size == 1 else f"rank {rank}: {text}")
 
-    def check_replicas(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compares a hash of all tensors over the ranks.
+    @contextmanager
+    def compared_replicas(self) -> Iterator[Callable[[str, Tensor], None]]:
+        """Yields what to show each tensor to; on leaving, compares what all ranks have seen.
 
         Raises:
-            TrainingFailed: they differ; names the first tensor that does, and the ranks.
+            TrainingFailed: some tensor is not the same on every rank; names the first one, and the ranks.
         """
-        if self.world_size == 1:
-            return
-        hashes = {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
-        total = hashlib.sha256("".join(f"{n}{h}" for n, h in hashes.items()).encode()).hexdigest()
+        names: list[str] = []
+        prints: list[Tensor] = []
+
+        def see(name: str, tensor: Tensor) -> None:
+            if self.world_size > 1:
+                names.append(name)
+                prints.append(fingerprint(tensor).to(self.device))
+
+        yield see
+        if names:
+            self._compare(dict(zip(names, torch.stack(prints).tolist(), strict=True)))
+
+    def _compare(self, fingerprints: Mapping[str, int]) -> None:
+        total = hashlib.sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
         if len(set(self.gather_json(total))) == 1:
             return
-        everywhere = self.gather_json(hashes)
-        for name in hashes:
+        everywhere = self.gather_json(dict(fingerprints))
+        for name in fingerprints:
             values = [h.get(name) for h in everywhere]
             if len(set(values)) > 1:
-                odd = [r for r, v in enumerate(values) if v != values[0]]
+                common = max(set(values), key=values.count)
+                odd = [r for r, v in enumerate(values) if v != common]
                 raise TrainingFailed(
-                    f"the replicas differ: tensor {name} on rank {', '.join(map(str, odd))} is not that of rank 0; "
-                    f"suspect a faulty device or a network that draws random numbers at its own"
+                    f"the replicas differ: tensor {name} on rank {', '.join(map(str, odd))} is not that of the other "
+                    f"ranks; suspect a faulty device, or a network that draws random numbers of its own; start again "
+                    f"from the last checkpoint, without that machine"
                 )
         raise TrainingFailed("the replicas differ in the names of their tensors")
 
@@ -245,29 +278,28 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(cast(Any, data.numpy())).hexdigest()
+def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:
+    hook = DDPCommunicationHookType.BF16 if section.compress == "bf16" else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
 
 
-def resolve_precision(section: RuntimeSection) -> str:
-    """fp32, bf16 or fp64: the recipe's word, or the launch file's where the recipe says `auto`.
-
-    Raises:
-        UserError: the two contradict one another, or the launch file asks for what is not offered.
-    """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in _PRECISIONS:
-        raise UserError(
-            f"mixed_precision: {launched!r} of the launch file is not offered; choose no or bf16 "
-            f"(fp16 overflows in gradient penalties)"
+def _deepspeed_accelerators(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str, Accelerator]:
+    """An Accelerator for each player: accelerate keeps one DeepSpeed engine in each."""
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # has been read, and goes into the engines' settings
+    if on_cpu:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    plugins = {
+        name: DeepSpeedPlugin(
+            zero_stage=stage,
+            gradient_accumulation_steps=1,
+            gradient_clipping=0.0,
+            offload_optimizer_device="none",
+            offload_param_device="none",
+            zero3_init_flag=False,
         )
-    if section.precision == "auto":
-        return _PRECISIONS[launched]
-    if launched == "bf16" and section.precision != "bf16":
-        raise UserError(
-            f"runtime.precision: {section.precision!r} contradicts mixed_precision 'bf16' of the launch file; "
-            f"set one of them, or runtime.precision=auto"
-        )
-    return section.precision
+        for name in ("generator", "discriminator")
+    }
+    group = InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu else {}))
+    first = Accelerator(mixed_precision="no", deepspeed_plugins=plugins, kwargs_handlers=[group])
+    return {"generator": first, "discriminator": Accelerator()}

@@ -8,20 +8,17 @@ from pathlib import Path
 
 import torch
 
-from dist_gan.config import AdamSection, DCGANNetworks, ObjectiveSection, RuntimeSection, ShardsData
+from dist_gan.config import DCGANNetworks, ObjectiveSection, RunConfig, RunSection, RuntimeSection, ShardsData
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.ema import GeneratorEMA
 from dist_gan.models import build_networks
-from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Runtime
+from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.state import Progress, TrainState
-from dist_gan.step import Rules, train_step
+from dist_gan.step import train_step
+from dist_gan.trainer import new_state
 from dist_gan.types import Batch, TrainingFailed
-from tests.dist.cases import cases
 
 
 class Poisoned(ImageStream):
@@ -36,42 +33,44 @@ class Poisoned(ImageStream):
         return batch
 
 
+def compare(runtime: Runtime, tensors: dict[str, torch.Tensor]) -> None:
+    with runtime.compared_replicas() as seen:
+        for name, tensor in tensors.items():
+            seen(name, tensor)
+
+
 def main(shards: str, out: Path) -> None:
-    runtime = Runtime(RuntimeSection(threads=1))
+    runtime = Runtime(RuntimeSection(threads=1), Launch("ddp"))
     report: dict = {"rank": runtime.rank}
-    config = next(iter(cases(shards, world_size=runtime.world_size).values()))
     draws = Draws(0)
     section = DCGANNetworks(resolution=16, latent_dim=8, g_width=4, d_width=4)
-    networks = build_networks(section, seed=0)
-    generator, discriminator = runtime.players(networks, g_optim=AdamSection(), d_optim=AdamSection())
-    objective = AdversarialObjective(ObjectiveSection(kind="hinge", lecam=0.1), latent_dim=8)
+    config = RunConfig(
+        run=RunSection(batch=32), networks=section, objective=ObjectiveSection(kind="hinge", lecam=0.1)
+    )  # fmt: skip
     slots = runtime.slots(32)
     stream = Poisoned(
         shards, read_manifest(shards), section=ShardsData(url=shards), resolution=16, channels=3, classes=0, batch=32,
         slots=slots, draws=draws,
     )  # fmt: skip
     stream.poisoned_rank_here = runtime.rank == 1
-    state = TrainState(
-        generator, discriminator, GeneratorEMA(generator.module), stream,
-        Progress(memory=objective.initial_memory(runtime.device, runtime.dtype)),
-    )  # fmt: skip
-    rules, scalars = Rules(batch=32), ScalarMeans()
+    state, objective, rules = new_state(config, runtime, build_networks(section, seed=0), stream)
+    discriminator, scalars = state.discriminator, ScalarMeans()
     applied, unchanged = [], []
     for _ in range(6):
-        before = {n: t.clone() for n, t in discriminator.full_tensors().items() if not n.endswith("num_batches_tracked")}
+        before = {n: t.clone() for n, t in discriminator.full_tensors() if not n.endswith("num_batches_tracked")}
         memory = {n: t.clone() for n, t in state.progress.memory.items()}
         updates = train_step(runtime, state, objective, draws, knobs_at(0, config=config), scalars, rules=rules)
-        after = discriminator.full_tensors()
+        after = dict(discriminator.full_tensors())
         applied.append([u.applied for u in updates])
         same_weights = all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("weights/"))
         unchanged.append([same_weights, all(torch.equal(t, state.progress.memory[n]) for n, t in memory.items())])
     report |= {"applied": applied, "unchanged": unchanged, "skipped": state.progress.skipped}
     report["finite"] = all(
-        bool(t.isfinite().all()) for part in state.parts().values() for t in part.tensors().values() if t.is_floating_point()
+        bool(t.isfinite().all()) for part in state.parts().values() for t in (tensor for _, tensor in part.tensors()) if t.is_floating_point()
     )
     report["scalars"] = scalars.flush(runtime)
-    everything = {f"{p}/{n}": t for p, part in state.parts().items() for n, t in part.tensors().items()}
-    runtime.check_replicas(everything)
+    everything = {f"{p}/{n}": t for p, part in state.parts().items() for n, t in part.tensors()}
+    compare(runtime, everything)
     report["batch_norm_buffers"] = sum("running_var" in n for n in everything)
 
     rows = slots.double().unsqueeze(1) * 10
@@ -80,9 +79,9 @@ def main(shards: str, out: Path) -> None:
     report["shared"] = runtime.share_json(["from", runtime.rank])
     report["any"] = [runtime.any_rank(runtime.rank == 1), runtime.any_rank(False)]
     if runtime.rank == 1:
-        discriminator.full_tensors()["weights/head.linear.weight"][0, 3] += 1e-6
+        everything["discriminator/weights/head.linear.weight"][0, 3] += 1e-6
     try:
-        runtime.check_replicas(everything)
+        compare(runtime, everything)
         report["corrupted"] = "not noticed"
     except TrainingFailed as error:
         report["corrupted"] = str(error)

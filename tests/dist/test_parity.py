@@ -1,4 +1,7 @@
-"""One process, two and four give the same weights: same images, same latents, same sums."""
+"""One process, two and four give the same weights under every strategy: same images, same latents, same sums.
+
+The cases and the worker are those of benchmarks/parity.py, which runs all of them under every strategy.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.parity import compare, launch_file
+from benchmarks.parity_cases import loss_cases
+from benchmarks.parity_worker import slug
 from dist_gan import tensorfile
-from tests.conftest import launch
-from tests.dist.cases import cases
+from tests.conftest import ROOT, launch
 
-WORKER = Path(__file__).with_name("parity_worker.py")
+WORKER = ROOT / "benchmarks" / "parity_worker.py"
 BIASED = ("minimax", "nonsaturating", "hinge", "least_squares")
 """In the other losses a constant added to every logit cancels, so the last bias of D has no gradient."""
 
@@ -24,14 +29,13 @@ def trained(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     folders = {}
     for processes in (1, 2, 4):
         folders[processes] = out / str(processes)
-        done = launch(WORKER, [str(small_shards), str(folders[processes])], processes=processes, timeout_s=600)
+        done = launch(WORKER, [str(small_shards), str(folders[processes]), "losses"], processes=processes, timeout_s=600)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
 
 def _load(folder: Path, name: str, when: str) -> dict[str, torch.Tensor]:
-    slug = name.replace("/", "_").replace(" ", "-")
-    return tensorfile.from_bytes((folder / f"{slug}.{when}").read_bytes(), name=name)
+    return tensorfile.from_bytes((folder / f"{slug(name)}.{when}").read_bytes(), name=name)
 
 
 def _largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -39,14 +43,14 @@ def _largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     return max(float((a[k] - b[k]).abs().max()) for k in a if a[k].is_floating_point())
 
 
-@pytest.mark.parametrize("name", list(cases("unread", world_size=1)))
+@pytest.mark.parametrize("name", list(loss_cases("unread", world_size=1)))
 def test_two_and_four_processes_give_the_weights_of_one(trained: dict[int, Path], name: str) -> None:
     alone = _load(trained[1], name, "end")
     for processes in (2, 4):
         assert _largest_error(alone, _load(trained[processes], name, "end")) <= 1e-9, processes
 
 
-@pytest.mark.parametrize("name", list(cases("unread", world_size=1)))
+@pytest.mark.parametrize("name", list(loss_cases("unread", world_size=1)))
 def test_every_weight_has_moved_or_is_known_to_have_no_gradient(trained: dict[int, Path], name: str) -> None:
     start, end = _load(trained[1], name, "start"), _load(trained[1], name, "end")
     still = {
@@ -73,7 +77,41 @@ def test_the_same_images_and_latents_are_used_whatever_the_number_of_processes(t
 def test_without_the_reduction_the_weights_differ(
     trained: dict[int, Path], small_shards: Path, tmp_path: Path
 ) -> None:
-    done = launch(WORKER, [str(small_shards), str(tmp_path), "--unreduced"], processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
     name = "relativistic/r1+r2/plain"
+    done = launch(WORKER, [str(small_shards), str(tmp_path), "losses", "--unreduced", "--only", name], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert _largest_error(_load(trained[1], name, "end"), _load(tmp_path, name, "end")) > 1e-4
+
+
+FAST = ("none/several", "r1/lazy", "r1+r2/accumulated", "wgan-gp/plain", "clipping", "spectral", "adamw")
+"""What every stage is tested with here; the benchmark has all."""
+
+
+@pytest.fixture(scope="module")
+def reference(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process without a wrapper makes of the cases in float32."""
+    out = tmp_path_factory.mktemp("strategies") / "single"
+    done = launch(WORKER, [str(small_shards), str(out), "fp32", *_only(FAST)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def _only(names: tuple[str, ...]) -> list[str]:
+    return [word for name in names for word in ("--only", name)]
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_every_stage_of_zero_gives_the_weights_of_one_process(
+    strategy: str, reference: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    names = FAST if "offload" not in strategy else FAST[2:3]
+    file = launch_file(strategy, tmp_path)
+    out = tmp_path / "out"
+    arguments = [str(small_shards), str(out), "fp32", *_only(names)]
+    done = launch(WORKER, arguments, processes=2, config_file=file, timeout_s=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        row = compare(reference, out, name)
+        assert row["max_relative_error"] <= 1e-4, (name, row)
+        assert row["max_abs_difference"] <= 1e-5, (name, row)
+        assert row["smallest_movement"] >= 1e-3, (name, row)

@@ -36,7 +36,7 @@ def test_the_scalars_of_a_skipped_update_do_not_reach_the_log(reports: list[dict
 
 
 def test_batch_norm_statistics_are_equal_on_all_ranks(reports: list[dict]) -> None:
-    # the worker's check_replicas over all tensors would have ended it
+    # the worker's comparison of all tensors would have ended it
     assert reports[0]["batch_norm_buffers"] > 0
 
 

@@ -105,6 +105,16 @@ def filled(value: float) -> nn.Module:
     return network
 
 
+def averaged(generator: nn.Module) -> GeneratorEMA:
+    return GeneratorEMA(generator, device=torch.device("cpu"), dtype=torch.float64)
+
+
+def follow(ema: GeneratorEMA, generator: nn.Module, *, images: int, half_life: float) -> None:
+    """An update by the whole generator, a parameter at a time."""
+    parts = ({name: p} for name, p in generator.named_parameters())
+    ema.update(parts, generator.buffers(), images=images, half_life=half_life)
+
+
 def values_of(ema: GeneratorEMA) -> set[float]:
     return {float(v) for p in ema.module.parameters() for v in p.flatten()}
 
@@ -112,22 +122,22 @@ def values_of(ema: GeneratorEMA) -> set[float]:
 @pytest.mark.parametrize("pieces", [[20_000], [64] * 312 + [32], [1] * 5000 + [15_000], [12_345, 7_655]])
 def test_after_one_half_life_an_old_weight_counts_half_whatever_the_batches(pieces: list[int]) -> None:
     assert sum(pieces) == 20_000
-    ema, current = GeneratorEMA(filled(1.0)), filled(0.0)
+    ema, current = averaged(filled(1.0)), filled(0.0)
     for images in pieces:
-        ema.update(current, images=images, half_life=20_000.0)
+        follow(ema, current, images=images, half_life=20_000.0)
     (value,) = {round(v, 12) for v in values_of(ema)}
     assert value == pytest.approx(0.5, rel=1e-10)
 
 
 def test_two_half_lives_leave_a_quarter_and_the_average_goes_towards_the_new() -> None:
-    ema = GeneratorEMA(filled(8.0))
-    ema.update(filled(4.0), images=200, half_life=100.0)
+    ema = averaged(filled(8.0))
+    follow(ema, filled(4.0), images=200, half_life=100.0)
     assert [round(v, 12) for v in values_of(ema)] == [5.0]
 
 
 def test_a_half_life_of_zero_copies() -> None:
-    ema = GeneratorEMA(filled(8.0))
-    ema.update(filled(4.0), images=1, half_life=0.0)
+    ema = averaged(filled(8.0))
+    follow(ema, filled(4.0), images=1, half_life=0.0)
     assert values_of(ema) == {4.0}
 
 
@@ -142,8 +152,8 @@ def test_the_half_life_warms_up_with_the_images_seen() -> None:
 
 
 def test_buffers_are_copied_and_not_averaged() -> None:
-    ema, current = GeneratorEMA(filled(1.0)), filled(3.0)
-    ema.update(current, images=10, half_life=1e9)
+    ema, current = averaged(filled(1.0)), filled(3.0)
+    follow(ema, current, images=10, half_life=1e9)
     assert all(torch.equal(a, b) for a, b in zip(ema.module.buffers(), current.buffers(), strict=True))
     assert int(ema.module[1].num_batches_tracked) == 3  # type: ignore[index]
     assert max(values_of(ema)) < 1.001
@@ -151,7 +161,7 @@ def test_buffers_are_copied_and_not_averaged() -> None:
 
 def test_the_average_is_in_evaluation_mode_without_gradients_and_its_own_copy() -> None:
     generator = filled(1.0).train()
-    ema = GeneratorEMA(generator)
+    ema = averaged(generator)
     assert generator.training
     assert not any(m.training for m in ema.module.modules())
     assert not any(p.requires_grad for p in ema.module.parameters())
@@ -168,18 +178,18 @@ def test_the_average_is_in_evaluation_mode_without_gradients_and_its_own_copy() 
 
 
 def test_an_update_leaves_the_generator_alone_and_builds_no_graph() -> None:
-    ema, generator = GeneratorEMA(filled(1.0)), filled(3.0)
+    ema, generator = averaged(filled(1.0)), filled(3.0)
     before = [t.clone() for t in generator.state_dict().values()]
-    ema.update(generator, images=10, half_life=10)
+    follow(ema, generator, images=10, half_life=10)
     assert all(torch.equal(a, b) for a, b in zip(before, generator.state_dict().values(), strict=True))
     assert all(p.grad_fn is None and p.grad is None for p in ema.module.parameters())
 
 
 def test_what_it_saves_it_takes_back_bit_for_bit() -> None:
-    ema, other = GeneratorEMA(filled(1.0)), GeneratorEMA(filled(5.0))
-    ema.update(filled(3.0), images=7, half_life=10)
-    other.load_tensors({name: t.clone() for name, t in ema.tensors().items()})
-    for (name, a), (other_name, b) in zip(ema.tensors().items(), other.tensors().items(), strict=True):
+    ema, other = averaged(filled(1.0)), averaged(filled(5.0))
+    follow(ema, filled(3.0), images=7, half_life=10)
+    other.load_tensors({name: t.clone() for name, t in ema.tensors()})
+    for (name, a), (other_name, b) in zip(ema.tensors(), other.tensors(), strict=True):
         assert name == other_name
         assert torch.equal(a, b)
     assert ema.values() == {}

@@ -13,21 +13,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_gan.config import AdamSection, DCGANNetworks, EMASection, ObjectiveSection, RuntimeSection, ShardsData
+from dist_gan.config import (
+    AdamSection,
+    DCGANNetworks,
+    EMASection,
+    ObjectiveSection,
+    RunSection,
+    RuntimeSection,
+    ShardsData,
+)
 from dist_gan.config import RunConfig as Config
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pack import pack
 from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.ema import GeneratorEMA
 from dist_gan.models import build_networks
-from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Runtime
+from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.state import Progress, TrainState
-from dist_gan.step import Rules, train_step
+from dist_gan.step import train_step
+from dist_gan.trainer import new_state
 from tests.conftest import random_images
 
 TRACE = Path(__file__).with_name("trace-50.json")
@@ -38,6 +44,7 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
     pack(ArraySource(random_images(128, resolution=16), np.arange(128) % 3), str(folder), workers=1)
     optim = AdamSection(lr=1e-3, beta1=0.5, beta2=0.99)
     config = Config(
+        run=RunSection(batch=16),
         data=ShardsData(url=str(folder), flip=True, lanes=8, block=8, holdout=0.1),
         networks=DCGANNetworks(
             resolution=16, latent_dim=8, g_width=4, d_width=4, d_norm="none", classes=3, g_mapping=1
@@ -48,18 +55,13 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
         ema=EMASection(half_life=100, warmup=0),
         runtime=RuntimeSection(precision="fp64", micro_batch=8, threads=1),
     )
-    runtime = Runtime(config.runtime)
+    runtime = Runtime(config.runtime, Launch(precision="fp64"))
     draws = Draws(11, dtype=runtime.dtype)
-    generator, discriminator = runtime.players(
-        build_networks(config.networks, seed=3), g_optim=config.g_optim, d_optim=config.d_optim
-    )
     stream = ImageStream(
         str(folder), read_manifest(str(folder)), section=config.data, resolution=16, channels=3, classes=3, batch=16,
         slots=runtime.slots(16), draws=draws,
     )  # fmt: skip
-    objective = AdversarialObjective(config.objective, latent_dim=8)
-    state = TrainState(generator, discriminator, GeneratorEMA(generator.module), stream, Progress())
-    rules = Rules(batch=16, micro_batch=8, fresh_batch_for_g=True)
+    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=3), stream)
     lines = []
     for _ in range(50):
         scalars = ScalarMeans()
@@ -68,7 +70,7 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
         )  # fmt: skip
         lines.append(scalars.flush(runtime))
     stream.close()
-    lines.append({f"ema/{n}": float(t.double().abs().sum()) for n, t in state.ema.tensors().items()})
+    lines.append({f"ema/{n}": float(t.double().abs().sum()) for n, t in state.ema.tensors()})
     return lines
 
 

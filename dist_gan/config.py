@@ -298,10 +298,12 @@ class RuntimeSection(Section):
     """Images between comparisons of the replicas of networks and average; None: at every checkpoint only."""
     deterministic: bool = False
     """Only deterministic CUDA kernels, so that a resumed run is bitwise the same there too."""
+    stop_every: Annotated[Count, Field(gt=0)] = 1_000
+    """Images between looks of all processes for a request to stop (the signals TERM, INT, USR1, USR2)."""
     start_timeout_s: Annotated[Count, Field(ge=10)] = 1800
-    """Longest wait for another rank until the first step is done."""
+    """Longest time without progress until the first step is done; then the rank that is missing is named."""
     step_timeout_s: Annotated[Count, Field(ge=10)] = 300
-    """Longest wait for another rank afterwards."""
+    """The same afterwards."""
 
 
 class LogSection(Section):

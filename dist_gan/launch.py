@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import time
 import traceback
 from pathlib import Path
@@ -12,24 +14,29 @@ import torch
 
 from dist_gan import storage
 from dist_gan.config import RunConfig
+from dist_gan.config_reader import to_yaml
 from dist_gan.data.embedded import prepare_data
 from dist_gan.run_folder import OUTCOME, RunFolder, refuse, write_outcome
-from dist_gan.runtime import Runtime, read_launch
-from dist_gan.trainer import build, fit
+from dist_gan.runtime import Runtime, StopRequest, read_launch
+from dist_gan.trainer import End, build, fit
 from dist_gan.types import TrainingFailed, UserError
 
-FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED = 0, 1, 2, 3
+FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(config: RunConfig) -> int:
     """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
 
+    75 says that the run was asked to stop, has saved itself, and wants to be started again. A launcher that restarts
+    by itself (`--max-restarts`) would do so at once, so under such a one a stopped run leaves with 0.
+
     Rank 0 makes every check that needs no other rank before there is a process group; the others wait for it in the
     rendezvous, and the launcher ends them if it leaves.
     """
     folder: RunFolder | None = None
     runtime: Runtime | None = None
+    stop: StopRequest | None = None  # until there is something to lose, a signal just ends the process
     try:
         if int(os.environ.get("RANK", "0")) == 0:
             try:
@@ -42,12 +49,16 @@ def run(config: RunConfig) -> int:
             prepare_data(config)
         else:
             launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
-        runtime = Runtime(config.runtime, launched)
-        images = _train(config, runtime, folder)
+        runtime = Runtime(config.runtime, launched, on_lost=lambda reason: _lost(config, folder, reason))
+        stop = StopRequest()
+        end = _train(config, runtime, folder, stop)
+        code = FINISHED if end.stopped_by is None else PREEMPTED
         if folder is not None:
-            folder.write_outcome("finished", code=FINISHED, images=images, reason="")
+            outcome = "finished" if end.stopped_by is None else "preempted"
+            reason = "" if end.stopped_by is None else f"asked to stop by {end.stopped_by}"
+            folder.write_outcome(outcome, code=code, images=end.images, reason=reason, commit=end.commit)
         runtime.barrier()
-        return FINISHED
+        return FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
     except UserError as error:
         return _leave(config, folder, "configuration_wrong", code=CONFIGURATION_WRONG, reason=str(error))
     except TrainingFailed as error:
@@ -58,6 +69,11 @@ def run(config: RunConfig) -> int:
             return _leave(config, folder, "failed", code=FAILED, reason=reason)
         if _outcome(config).exists():
             return CRASHED  # another rank has said what happened; this one only lost the connection
+        lost = runtime.lost() if runtime is not None and isinstance(error, RuntimeError) else None
+        if lost is not None:
+            return _leave(
+                config, folder, "crashed", code=CRASHED, reason=f"{lost}; start the same command again to resume"
+            )
         traceback.print_exc()
         return _leave(config, folder, "crashed", code=CRASHED, reason=f"{type(error).__name__}: {error}")
     finally:
@@ -65,16 +81,53 @@ def run(config: RunConfig) -> int:
             runtime.close()
         if folder is not None:
             folder.close()
+        if stop is not None:
+            stop.close()
 
 
-def _train(config: RunConfig, runtime: Runtime, folder: RunFolder | None) -> int:
+def _lost(config: RunConfig, folder: RunFolder | None, reason: str) -> None:
+    """What the heartbeat's thread says before it ends the process."""
+    _leave(config, folder, "crashed", code=CRASHED, reason=f"{reason}; start the same command again to resume")
+
+
+def _train(config: RunConfig, runtime: Runtime, folder: RunFolder | None, stop: StopRequest) -> End:
+    _refuse_strangers(config, runtime)
     attempt = runtime.share_json(folder.attempt if folder else None)
-    parts = build(config, runtime, attempt=attempt)
+    parts = build(config, runtime, stop, attempt=attempt)
     try:
         return fit(parts)
     finally:
         parts.tracker.close()
         parts.state.stream.close()
+
+
+def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
+    """Raises unless all ranks run the same settings with the same code and packages."""
+    mine = {
+        "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
+        "the code of dist_gan": code_hash(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        **runtime.packages(),
+    }
+    everywhere = runtime.gather_json(mine)
+    for name, value in everywhere[0].items():
+        strangers = [rank for rank, facts in enumerate(everywhere) if facts.get(name) != value]
+        if strangers:
+            other = everywhere[strangers[0]].get(name)
+            raise UserError(
+                f"{name} of rank {', '.join(map(str, strangers))} differ from rank 0's ({other} and {value}); start the same "
+                f"command, from the same checkout and environment, on every machine"
+            )
+
+
+def code_hash() -> str:
+    """A short hash of the package's own files."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _outcome(config: RunConfig) -> Path:
@@ -87,7 +140,7 @@ def _leave(config: RunConfig, folder: RunFolder | None, outcome: str, *, code: i
     What all ranks agree on is for rank 0 to say; what only this rank knows is said here when rank 0 stays silent.
     """
     if folder is None:
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 8.0  # rank 0 may need a few seconds to find out who is missing
         while not _outcome(config).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
     if _outcome(config).exists():

@@ -86,9 +86,9 @@ class RunFolder:
         storage.publish(str(counter), f"{attempt}\n".encode())
         return attempt
 
-    def write_outcome(self, outcome: str, *, code: int, images: int, reason: str) -> None:
-        """Says how the run ended: written last, atomically."""
-        write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt)
+    def write_outcome(self, outcome: str, *, code: int, images: int, reason: str, commit: str | None) -> None:
+        """Says how the run ended: written last, atomically. `commit` is the checkpoint that it would go on from."""
+        write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt, commit=commit)
 
     def close(self) -> None:
         """Gives the folder up."""
@@ -96,13 +96,21 @@ class RunFolder:
 
 
 def write_outcome(
-    folder: Path, outcome: str, *, code: int, images: int = 0, reason: str = "", attempt: int = 0
+    folder: Path,
+    outcome: str,
+    *,
+    code: int,
+    images: int = 0,
+    reason: str = "",
+    attempt: int = 0,
+    commit: str | None = None,
 ) -> None:
     """`outcome.json`: how a run ended, for whoever decides what happens next."""
     value: dict[str, Any] = {
         "outcome": outcome,
         "code": code,
         "images": images,
+        "commit": commit,
         "attempt": attempt,
         "reason": reason,
         "unix_time": round(time.time(), 3),

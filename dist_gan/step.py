@@ -53,6 +53,7 @@ def train_step(
     generator, discriminator, progress = state.generator, state.discriminator, state.progress
     updates = []
     for _ in range(rules.d_updates):
+        runtime.mark("reading images")
         batch = state.stream.next()
         due = lazily(knobs, update=progress.d_updates, every=rules.penalty_every)
         updates.append(
@@ -112,10 +113,12 @@ def _turn(
         torch.manual_seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
         with runtime.turn(active, resting, last_micro=index == len(pieces) - 1) as (G, D):
             losses = loss_of(G, D, piece, draws, knobs, progress.memory)
+            runtime.mark(f"the {active.name}'s backward pass")
         active.backward(losses.total / len(pieces))
         terms.append(losses.terms)
         for name, value in losses.observed.items():
             observed[name] = observed.get(name, 0.0) + value / len(pieces)
+    runtime.mark(f"the {active.name}'s update")
     update = active.update(lr=lr, beta2=beta2)
     if update.applied:
         runtime.average_buffers(active, resting)

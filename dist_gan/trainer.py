@@ -18,7 +18,7 @@ from dist_gan.ema import GeneratorEMA
 from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Runtime, Update
+from dist_gan.runtime import Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
@@ -41,9 +41,20 @@ class Run(NamedTuple):
     rules: Rules
     checkpointer: Checkpointer
     tracker: Tracker
+    stop: StopRequest
 
 
-def build(config: RunConfig, runtime: Runtime, *, attempt: int) -> Run:
+class End(NamedTuple):
+    """How a run ended that did not fail."""
+
+    images: int
+    stopped_by: str | None
+    """The signal that asked it to stop; None if it finished."""
+    commit: str | None
+    """URL of its last checkpoint."""
+
+
+def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: int) -> Run:
     """Makes every part, in the order of the house, and puts the newest checkpoint into them.
 
     Raises:
@@ -86,7 +97,7 @@ def build(config: RunConfig, runtime: Runtime, *, attempt: int) -> Run:
         config_hash=config_hash(config),
         **runtime.describe(),
     )
-    return Run(config, runtime, state, objective, draws, rules, checkpointer, tracker)
+    return Run(config, runtime, state, objective, draws, rules, checkpointer, tracker, stop)
 
 
 def new_state(
@@ -148,8 +159,8 @@ def _resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) ->
     return found.url, found.damaged
 
 
-def fit(run: Run) -> int:
-    """The loop: trains until `run.images` have been seen; returns the images seen.
+def fit(run: Run) -> End:
+    """The loop: trains until `run.images` have been seen, or until some rank is asked to stop.
 
     Raises:
         TrainingFailed: the gradients stay not finite, the replicas differ, data cannot be read or files not written.
@@ -179,10 +190,15 @@ def fit(run: Run) -> int:
                 tracker.progress(now, values, clock=timing)
             if _due(before, now, config.log.samples_every, total):
                 _grid(run)
-            if _due(before, now, config.checkpoint.every, total):
-                _save(run)
+            asked = _asked_to_stop(run, before)
+            if asked or _due(before, now, config.checkpoint.every, total):
+                commit = _save(run)
+            if asked and now < total:
+                tracker.say(f"asked to stop ({asked}); saved {commit}: start the same command again to go on")
+                tracker.event("preempted", images=now, signal=asked, checkpoint=commit)
+                return End(now, asked, commit)
     _finish(run)
-    return progress.images
+    return End(progress.images, None, run.checkpointer.newest().url)
 
 
 class Clock:
@@ -273,12 +289,23 @@ def _grid(run: Run) -> None:
         run.tracker.grid("generated", run.state.progress.images, pictures)
 
 
-def _save(run: Run) -> None:
+def _asked_to_stop(run: Run, before: int) -> str | None:
+    """The signal that some rank has got, looked for at an interval that is the same on all ranks."""
+    config, runtime, stop = run.config, run.runtime, run.stop
+    if not _due(before, run.state.progress.images, config.runtime.stop_every, config.run.images):
+        return None
+    if not runtime.any_rank(stop.requested):
+        return None
+    return next(name for name in runtime.gather_json(stop.signal) if name is not None)
+
+
+def _save(run: Run) -> str:
     began = time.perf_counter()
     images = run.state.progress.images
     url = run.checkpointer.save(images, run.state.parts())
     run.tracker.event("checkpoint", images=images, url=url, seconds=round(time.perf_counter() - began, 3))
     run.tracker.flush()
+    return url
 
 
 def _finish(run: Run) -> None:

@@ -3,5 +3,6 @@
 from dist_gan.runtime.launched import Launch, read_launch
 from dist_gan.runtime.player import Player, Update
 from dist_gan.runtime.runtime import Runtime
+from dist_gan.runtime.stop import StopRequest
 
-__all__ = ["Launch", "Player", "Runtime", "Update", "read_launch"]
+__all__ = ["Launch", "Player", "Runtime", "StopRequest", "Update", "read_launch"]

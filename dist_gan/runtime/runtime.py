@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -25,9 +26,12 @@ from torch import Tensor, nn
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
 from dist_gan.runtime.fingerprint import fingerprint
+from dist_gan.runtime.heartbeat import Heartbeat, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
 from dist_gan.types import Network, Networks, TrainingFailed
+
+COLLECTIVES_LATER_S = 30
 
 
 class Runtime:
@@ -35,9 +39,16 @@ class Runtime:
 
     Three process groups: training (gradients and buffers; NCCL on GPUs, gloo on CPUs), control (gloo: flags, small
     gathers, never in the way of a kernel), writer (gloo: for the checkpoint alone).
+
+    Args:
+        section: how the machine is used.
+        launch: what the launcher asked for.
+        on_lost: is told which rank is missing before this process ends for it.
     """
 
-    def __init__(self, section: RuntimeSection, launch: Launch) -> None:
+    def __init__(
+        self, section: RuntimeSection, launch: Launch, *, on_lost: Callable[[str], None] | None = None
+    ) -> None:
         self.section = section
         self.launch = launch
         self.precision = launch.precision
@@ -58,9 +69,17 @@ class Runtime:
         assert self.world_size == launched, f"{launched} processes were launched, {self.world_size} found each other"
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._control = self._writer = None
+        self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=timeout)
             self._writer = dist.new_group(backend="gloo", timeout=timeout)
+            self._heartbeat = Heartbeat(
+                private_store(dist.distributed_c10d._get_default_store()),
+                rank=self.rank,
+                world_size=self.world_size,
+                patience_s=section.start_timeout_s,
+                on_failure=on_lost or (lambda reason: print(f"dist_gan: {reason}", flush=True)),
+            )
         if section.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -85,6 +104,11 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "strategy": self.launch.strategy + ("+offload" if self.launch.offload else ""),
         }
+
+    @staticmethod
+    def packages() -> dict[str, str]:
+        """Versions of what wraps the players."""
+        return {"accelerate": accelerate.__version__}
 
     # -- the two players ------------------------------------------------------------------------------------------
 
@@ -126,6 +150,7 @@ class Runtime:
         The resting player is frozen and called past its wrapper, so nothing of it is ever reduced. Call backward
         after the block: its kernels take their precision from the forward pass.
         """
+        self.mark(f"the {active.name}'s turn")
         active.module.requires_grad_(True)
         resting.module.requires_grad_(False)
         with active.accumulate(last=last_micro), self._autocast():
@@ -184,6 +209,7 @@ class Runtime:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
+        self.mark("a vote of all ranks")
         if self.world_size == 1:
             return flag
         vote = torch.tensor([flag], dtype=torch.int32)
@@ -200,6 +226,7 @@ class Runtime:
 
     def gather_json(self, value: Any) -> list[Any]:
         """The JSON values of all ranks, in rank order, on every rank. Nothing is pickled."""
+        self.mark("an agreement of all ranks")
         if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -257,10 +284,21 @@ class Runtime:
 
     # -- time -----------------------------------------------------------------------------------------------------
 
+    def mark(self, place: str) -> None:
+        """Tells the other ranks, in the background, what begins here; every rank marks the same places in one order."""
+        if self._heartbeat is not None:
+            self._heartbeat.mark(place)
+
+    def lost(self) -> str | None:
+        """Which rank died or hangs, once a collective has failed; None if none can be named."""
+        return self._heartbeat.missing() if self._heartbeat is not None else None
+
     def shorten_timeout(self) -> None:
         """After the first step a rank that is missing has failed: waits become short."""
-        if self.world_size > 1:
-            timeout = timedelta(seconds=self.section.step_timeout_s)
+        if self._heartbeat is not None:
+            self._heartbeat.patience_s = self.section.step_timeout_s
+            # The collectives' own end comes later, so that the one with the name of the culprit is heard.
+            timeout = timedelta(seconds=self.section.step_timeout_s + COLLECTIVES_LATER_S)
             for group in (dist.group.WORLD, self._control):
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -274,6 +312,8 @@ class Runtime:
 
     def close(self) -> None:
         """Leaves the process groups."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

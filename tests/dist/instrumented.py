@@ -1,0 +1,73 @@
+"""train.py with a recorder, or with a fault on one rank: instrumented.py OUT FAULT[:DRAW] CONFIG [key=value ...].
+
+FAULT is `record`, or what rank 1 does when it takes its DRAW-th batch: `hang`, `kill`, `corrupt` a weight; or what it
+starts with: other `settings`, other `code`, another `package`. Every rank leaves the keys and the latents' hash of each
+batch in OUT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dist_gan import launch
+from dist_gan.config_reader import load_config
+from dist_gan.data.stream import ImageStream
+from dist_gan.runtime import Runtime
+from dist_gan.trainer import Run
+from dist_gan.types import Batch
+
+OUT, (FAULT, _, DRAW) = Path(sys.argv[1]), sys.argv[2].partition(":")
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def instrument() -> None:
+    honest_next, honest_build = ImageStream.next, launch.build
+    parts: list[Run] = []
+
+    def build(*arguments: object, **more: object) -> Run:
+        parts.append(honest_build(*arguments, **more))  # type: ignore[arg-type]
+        return parts[-1]
+
+    def next_batch(stream: ImageStream) -> Batch:
+        batch = honest_next(stream)
+        run = parts[0]
+        latents = run.draws.normal("latents/generator", draw=batch.draw, slots=batch.slots, shape=(8,))
+        rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in latents.cpu()]
+        with open(OUT / f"rank-{RANK}.jsonl", "a") as file:
+            line = {"draw": batch.draw, "slots": batch.slots.tolist(), "keys": batch.keys, "latents": rows}
+            file.write(json.dumps(line) + "\n")
+        if RANK == 1 and DRAW and batch.draw == int(DRAW):
+            (OUT / "fault-fired").write_text(FAULT)
+            if FAULT == "hang":
+                time.sleep(10_000)
+            if FAULT == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if FAULT == "corrupt":
+                with torch.no_grad():
+                    run.state.generator.parameters["stages.2.weight"][0, 0, 0, 0] += 1e-3
+        return batch
+
+    ImageStream.next = next_batch  # type: ignore[method-assign]
+    launch.build = build
+
+
+if __name__ == "__main__":
+    OUT.mkdir(parents=True, exist_ok=True)
+    overrides = sys.argv[4:]
+    if RANK == 1 and FAULT == "settings":
+        overrides.append("g_optim.lr=1e-5")
+    if RANK == 1 and FAULT == "code":
+        launch.code_hash = lambda: "0123456789abcdef"
+    if RANK == 1 and FAULT == "package":
+        Runtime.packages = staticmethod(lambda: {"accelerate": "0.0.1"})
+    instrument()
+    config = load_config(sys.argv[3], overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    sys.exit(launch.run(config))

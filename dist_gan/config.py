@@ -284,6 +284,8 @@ class EMASection(Section):
 class RuntimeSection(Section):
     """How the machine is used; no setting here changes what is learned beyond rounding."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU for each process where there is one, and the CPU elsewhere."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`auto` takes the launch file's mixed_precision. bf16 is autocast, penalties stay in fp32. fp64 is for proofs."""
     micro_batch: Annotated[Count, Field(gt=0)] | None = None

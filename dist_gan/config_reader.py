@@ -211,7 +211,7 @@ def _sentence(item: Any, place: list[str]) -> str:
     shown = f"{value!r}" if not isinstance(value, Mapping) else "this section"
     match item["type"]:
         case "extra_forbidden":
-            return f"unknown key (value {shown}); {_known_keys(place)}"
+            return f"unknown key (value {shown}); {_ELSEWHERE.get(place[-1]) or _known_keys(place)}"
         case "missing":
             return "is missing; it has no default, so give it a value"
         case "union_tag_invalid":
@@ -230,6 +230,18 @@ def _sentence(item: Any, place: list[str]) -> str:
         case _:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             return f"{shown} does not fit: it should be {message}"
+
+
+_ELSEWHERE = {
+    "static_graph": "it is not offered: under DDP's static graph the gradient of a penalty is not reduced, without a word",
+    "find_unused_parameters": "it is not needed: the resting player is frozen, and every parameter of the other is used",
+    "epochs": "progress is counted in images seen: set run.images",
+    "steps": "progress is counted in images seen: set run.images",
+    "batch_size": "the images of a discriminator update over all processes are run.batch",
+    "gradient_accumulation_steps": "set runtime.micro_batch to the images that a process forwards at once",
+    "mixed_precision": "it is in the launch file, or set runtime.precision",
+}
+"""Keys that other trainers have, and what there is here instead."""
 
 
 def _known_keys(place: list[str]) -> str:

@@ -24,8 +24,8 @@ class SpectralNorm(nn.Module):
     def begin(self) -> None:
         """Starts the iteration, once the weight has its first value."""
         matrix = self.weight.detach().flatten(1)
-        self.register_buffer("u", normalize(torch.randn(matrix.shape[0]), dim=0))
-        self.register_buffer("v", normalize(torch.randn(matrix.shape[1]), dim=0))
+        self.register_buffer("u", normalize(torch.randn(matrix.shape[0], dtype=matrix.dtype), dim=0))
+        self.register_buffer("v", normalize(torch.randn(matrix.shape[1], dtype=matrix.dtype), dim=0))
         for _ in range(_FIRST_ITERATIONS):
             self.iterate(self.weight)
 
@@ -38,8 +38,9 @@ class SpectralNorm(nn.Module):
 
     def normed_weight(self) -> Tensor:
         """The weight over its largest singular value; gradients go through both."""
-        sigma = torch.dot(self.u, self.weight.flatten(1) @ self.v)
-        return self.weight / sigma
+        with torch.autocast(self.weight.device.type, enabled=False):  # in bf16 the norm itself would be off by 1/256
+            sigma = torch.dot(self.u, self.weight.flatten(1) @ self.v)
+            return self.weight / sigma
 
 
 class SpectralConv2d(SpectralNorm, nn.Conv2d):  # type: ignore[misc] # one weight, named by both

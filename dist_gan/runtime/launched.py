@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from dist_gan.config import RunConfig
 from dist_gan.types import UserError
 
+_GPU_NAMES = re.compile(r"(\d+|GPU-[\w-]+|MIG-[\w-]+)(,(\d+|GPU-[\w-]+|MIG-[\w-]+))*")
 _PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16", "fp64": "fp64"}
 _OTHER_STRATEGIES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -80,13 +82,17 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
             f"dynamo_backend: {backend!r} of the launch file: compiled networks cannot be differentiated twice, and "
             f"gradient penalties need that; leave dynamo out of the launch file"
         )
-    asked_for_gpus = environment.get("ACCELERATE_USE_CPU", "").lower() in ("false", "0") and local > 1
-    if asked_for_gpus and gpus == 0:
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if gpus == 0 and config.runtime.device == "cuda":
         mistakes.append(
-            f"num_processes: {local} GPU processes on this machine, which has no GPU that torch can use; "
-            f"take launch/cpu.yaml, or install torch for CUDA"
+            "runtime.device: 'cuda', and torch finds no GPU here; set runtime.device=auto, or install torch for CUDA"
         )
-    elif 0 < gpus < local:
+    elif gpus == 0 and config.runtime.device == "auto" and _GPU_NAMES.fullmatch(visible):
+        mistakes.append(
+            f"gpu_ids: the launch asks for the GPUs {visible} (CUDA_VISIBLE_DEVICES), and torch finds none here; take "
+            f"launch/cpu.yaml, install torch for CUDA, or set runtime.device=cpu"
+        )
+    elif 0 < gpus < local and config.runtime.device != "cpu":
         mistakes.append(
             f"num_processes: {local} processes on this machine and {gpus} GPUs; start one process a GPU "
             f"(processes of all machines together: GPUs a machine x machines)"

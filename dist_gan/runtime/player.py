@@ -58,6 +58,10 @@ class Player(ABC):
     def callable(self) -> nn.Module:
         """What is called in its own turn."""
 
+    def rest(self) -> None:
+        """Freezes the network for the other player's turn."""
+        self.module.requires_grad_(False)
+
     @abstractmethod
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         """Encloses the forward passes of one micro-batch; gradients are reduced with the `last` one."""
@@ -81,7 +85,10 @@ class Player(ABC):
 
     @abstractmethod
     def moments(self) -> tuple[str, ...]:
-        """Names of the optimizer's state of every parameter; none before the first update."""
+        """Names of the optimizer's state of every parameter, sorted; none before the first update.
+
+        Sorted, because reading them is collective and a checkpoint comes back in another order on every rank.
+        """
 
     @abstractmethod
     def full_moment(self, parameter: str, key: str) -> Tensor:
@@ -147,7 +154,7 @@ class Player(ABC):
         for name, facts in own.items():
             if tuple(tensors[name].shape) != facts.shape:
                 raise ValueError(f"{self.name}: {name} is {tuple(tensors[name].shape)} and has to be {facts.shape}")
-        keys = tuple(dict.fromkeys(name.rsplit("/", 1)[1] for name in tensors if name in moments))
+        keys = tuple(sorted({name.rsplit("/", 1)[1] for name in moments}))
         expected = {f"optimizer/{name}/{key}" for name in self.parameters for key in keys}
         if moments != expected:
             raise ValueError(f"{self.name}: moments of {sorted(moments ^ expected)[:5]} are missing or unknown")
@@ -229,7 +236,7 @@ class TorchPlayer(Player):
 
     def moments(self) -> tuple[str, ...]:
         state = self.optimizer.state.get(next(iter(self.parameters.values())), {})
-        return tuple(key for key, value in state.items() if isinstance(value, Tensor))
+        return tuple(sorted(key for key, value in state.items() if isinstance(value, Tensor)))
 
     def full_moment(self, parameter: str, key: str) -> Tensor:
         return self.optimizer.state[self.parameters[parameter]][key]

@@ -53,7 +53,7 @@ class Runtime:
         self.launch = launch
         self.precision = launch.precision
         self._set_threads()
-        on_cpu = not torch.cuda.is_available()
+        on_cpu = section.device == "cpu" or not torch.cuda.is_available()
         timeout = timedelta(seconds=section.start_timeout_s)
         if launch.zero_stage is None:
             handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
@@ -152,7 +152,7 @@ class Runtime:
         """
         self.mark(f"the {active.name}'s turn")
         active.module.requires_grad_(True)
-        resting.module.requires_grad_(False)
+        resting.rest()
         with active.accumulate(last=last_micro), self._autocast():
             if active.name == "generator":
                 yield active.callable, resting.module

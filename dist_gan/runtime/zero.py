@@ -93,18 +93,22 @@ class PartitionedPlayer(Player):
     def callable(self) -> nn.Module:
         return self.module
 
+    def rest(self) -> None:
+        super().rest()
+        self._settle()
+
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
         if self._stage == 3:
             # Otherwise the second micro-batch's gradients replace the first one's instead of being added.
             self._zero.clear_backward_seen_flag()
+            self._settle()
             self._hold()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
-        if self._stage == 3:
-            self._let_go()
+        self._settle()
 
     def _hold(self) -> None:
         """Makes this player's weights whole until its backward pass is done.
@@ -117,7 +121,13 @@ class PartitionedPlayer(Player):
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(_HELD)
 
-    def _let_go(self) -> None:
+    def _settle(self) -> None:
+        """Takes the weights of stage 3 apart again, those too that a pass has left whole.
+
+        Where a pass ends inside a frozen network DeepSpeed's hooks miss the last layer, and would stumble over it.
+        """
+        if self._stage < 3:
+            return
         for parameter in self.parameters.values():
             held: Any = parameter
             held.ds_active_sub_modules.clear()
@@ -160,6 +170,7 @@ class PartitionedPlayer(Player):
             return
         import deepspeed
 
+        self._settle()
         for part in self._parts():
             with deepspeed.zero.GatheredParameters(list(part.values())):
                 yield {name: p.detach() for name, p in part.items()}
@@ -185,7 +196,7 @@ class PartitionedPlayer(Player):
 
     def moments(self) -> tuple[str, ...]:
         state = self._zero.optimizer.state.get(self._flat[0], {})
-        return tuple(key for key, value in state.items() if isinstance(value, Tensor))
+        return tuple(sorted(key for key, value in state.items() if isinstance(value, Tensor)))
 
     def full_moment(self, parameter: str, key: str) -> Tensor:
         if key == "step":
@@ -205,6 +216,7 @@ class PartitionedPlayer(Player):
                 f"{self.name}: the parameters have taken {sorted(steps)} steps, and ZeRO counts one number"
             )
         self.module.requires_grad_(True)
+        self._settle()
         self._load_weights(tensors)
         self._load_buffers(tensors)
         state = self._zero.optimizer.state

@@ -51,7 +51,7 @@ def one_case(
     world_size: int,
     loss: str = "relativistic",
     accumulate: bool = False,
-    precision: Literal["fp32", "fp64"] = "fp64",
+    precision: Literal["fp32", "fp64", "bf16"] = "fp64",
     batch: int = BATCH,
     steps: int = STEPS,
     **changes: Any,
@@ -101,7 +101,7 @@ def loss_cases(shards: str, *, world_size: int) -> dict[str, RunConfig]:
     return found
 
 
-def strategy_cases(shards: str, *, world_size: int, precision: Literal["fp32", "fp64"]) -> dict[str, RunConfig]:
+def strategy_cases(shards: str, *, world_size: int, precision: Literal["fp32", "fp64", "bf16"]) -> dict[str, RunConfig]:
     """Every penalty in every mode, under a loss that gives every parameter a gradient; and what else there is."""
     found = {
         f"{penalty}/{mode}": one_case(

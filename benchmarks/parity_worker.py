@@ -1,6 +1,6 @@
 """Trains every case and leaves weights, keys and latents; launched once for each strategy and number of processes.
 
-parity_worker.py SHARDS OUT losses|fp32|fp64 [--only NAME] [--unreduced]
+parity_worker.py SHARDS OUT losses|fp32|fp64|bf16 [--only NAME] [--unreduced]
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def train_case(config: RunConfig, runtime: Runtime) -> tuple[dict[str, Any], dic
         classes=config.networks.classes, batch=config.run.batch, slots=slots, draws=draws,
     )  # fmt: skip
     networks = build_networks(config.networks, seed=1)
-    if runtime.precision == "fp32":
+    if runtime.precision in ("fp32", "bf16"):
         # Where an activation has a kink, rounding alone flips a derivative now and then, and no strategy can help it.
         for network in networks:
             _smooth(network)
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards")
     parser.add_argument("out", type=Path)
-    parser.add_argument("which", choices=("losses", "fp32", "fp64"))
+    parser.add_argument("which", choices=("losses", "fp32", "fp64", "bf16"))
     parser.add_argument("--only", action="append")
     parser.add_argument("--unreduced", action="store_true")
     options = parser.parse_args()

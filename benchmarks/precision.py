@@ -2,10 +2,12 @@
 
     python benchmarks/precision.py [--json] [--steps 300] [--data SHARDS]
 
-Runs in fp32 with three seeds give the spread that chance alone makes; then bf16 in one process, under DDP and under
-ZeRO-2 on two, with the first seed. A curve is the means of both players' losses over windows of a tenth of the steps;
-the distance of two curves is the root of their mean squared difference over windows, relative to fp32's mean loss. The
-summary is bf16's largest distance to fp32, over the smallest one between two seeds of fp32.
+Every run has 400 steps of fp32 behind it, because the game's first minutes are unstable: fp32 on two processes then
+leaves fp32 on one as far behind as another seed does. Three seeds of fp32 give the spread that chance alone makes; bf16
+goes on from the first seed's checkpoint in one process, under DDP and under ZeRO-2 on two. A curve is the means of both
+players' losses over windows of a tenth of the steps; the distance of two curves is the root of their mean squared
+difference over windows, relative to fp32's mean loss. The summary is bf16's largest distance to fp32, over the smallest
+one between two seeds of fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,19 +31,28 @@ BATCH = 32
 LOSSES = ("loss/discriminator", "loss/generator")
 
 
-def curve(
-    folder: Path, *, data: str, steps: int, seed: int, precision: str, launch: list[str]
-) -> list[dict[str, float]]:
-    """The losses of a run, a window a row."""
-    run = folder / f"{precision}-{seed}-{len(launch)}-{len(os.listdir(folder))}"
+WARM_UP = 400
+
+
+def train(run: Path, *, data: str, images: int, window: int, seed: int, precision: str, launch: list[str]) -> None:
+    """Trains a run, or goes on with it, until `images`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--mixed_precision", precision]
     command += ["train.py", "configs/dcgan-cifar10.yaml", f"data.url={data}", f"run.dir={run}", f"run.seed={seed}"]
-    command += [f"run.batch={BATCH}", f"run.images={BATCH * steps}", f"log.every={BATCH * steps // 10}"]
-    command += ["log.samples=4", "checkpoint.every=1M"]
+    command += [f"run.batch={BATCH}", f"run.images={images}", f"log.every={window}", "log.samples=4"]
+    command += ["checkpoint.every=1M"]
     environment = os.environ | {"HF_HOME": "/nonexistent"}
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment)
+
+
+def curve(run: Path, *, data: str, steps: int, seed: int, precision: str, launch: list[str]) -> list[dict[str, float]]:
+    """The losses of a run after its warm-up, a window a row; `run` may hold the warm-up already."""
+    where: dict[str, Any] = {"data": data, "window": BATCH * steps // 10, "seed": seed}
+    if not run.exists():
+        train(run, images=BATCH * WARM_UP, precision="no", launch=[], **where)
+        shutil.copytree(run, run.with_name(f"warm-{seed}"), dirs_exist_ok=True)
+    train(run, images=BATCH * (WARM_UP + steps), precision=precision, launch=launch, **where)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in LOSSES} for line in lines if LOSSES[0] in line]
+    return [{name: line[name] for name in LOSSES} for line in lines if line["images"] > BATCH * WARM_UP]
 
 
 def distance(a: list[dict[str, float]], b: list[dict[str, float]], scale: dict[str, float]) -> float:
@@ -64,13 +76,14 @@ def main() -> None:
     if gpus == 1:
         ways = {"single": [], "zero2": ["--config_file", "launch/zero2.yaml", "--num_processes", "1"]}
     with tempfile.TemporaryDirectory() as name:
-        where: dict[str, Any] = {"folder": Path(name), "data": options.data, "steps": options.steps}
-        seeds = [curve(seed=s, precision="no", launch=[], **where) for s in range(3)]
+        folder, where = Path(name), {"data": options.data, "steps": options.steps}
+        seeds = [curve(folder / f"fp32-{s}", seed=s, precision="no", launch=[], **where) for s in range(3)]
         scale = {n: sum(abs(row[n]) for row in seeds[0]) / len(seeds[0]) for n in LOSSES}
         spread = [distance(a, b, scale) for a, b in itertools.combinations(seeds, 2)]
         rows: list[dict[str, Any]] = [{"row": "fp32, other seeds", "distances": [round(d, 4) for d in spread]}]
         for way, launch in ways.items():
-            found = distance(seeds[0], curve(seed=0, precision="bf16", launch=launch, **where), scale)
+            run = Path(shutil.copytree(folder / "warm-0", folder / f"bf16-{way}"))
+            found = distance(seeds[0], curve(run, seed=0, precision="bf16", launch=launch, **where), scale)
             rows.append({"row": f"bf16, {way}", "distance": round(found, 4)})
             if not options.json:
                 print(rows[-1], flush=True)

@@ -40,7 +40,7 @@ from dist_gan.step import train_step
 from dist_gan.trainer import new_state
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH_A_PROCESS = 32
+BATCH_A_PROCESS = 64
 
 
 class Alone(Runtime):

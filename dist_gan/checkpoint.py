@@ -1,21 +1,59 @@
-"""Writes checkpoints from all ranks together, whole or not at all; dist_gan.checkpoint_format says what they are."""
+"""Writes checkpoints from all ranks together, in the background, whole or not at all.
+
+The training thread only copies: each rank its share, into one buffer that is laid out as the file. What follows (hash,
+write, manifest, COMMIT, retention) is the business of a thread on each rank, which agree over a process group of their
+own. At most one checkpoint is in flight. dist_gan.checkpoint_format says what a checkpoint is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-import struct
+import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from dist_gan import storage, tensorfile
-from dist_gan.checkpoint_format import FORMAT, VERSION, Found, listed, newest, read
-from dist_gan.runtime import Runtime
-from dist_gan.types import Stateful, TensorFacts, TrainingFailed, UserError
+from dist_gan import checkpoint_format as form
+from dist_gan import storage
+from dist_gan.checkpoint_format import Found
+from dist_gan.config import CheckpointSection
+from dist_gan.runtime import Comparison, Runtime
+from dist_gan.tensorfile import FileBuffer
+from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
+
+INTENT = "rollback.json"
+"""Beside the checkpoints while a rollback is under way: what a restart has to finish."""
+
+
+class Written(NamedTuple):
+    """A checkpoint that has been committed."""
+
+    url: str
+    images: int
+    blocked_s: float
+    """Seconds that training stood still for it."""
+    durable_s: float
+    """Seconds from its boundary to its commit."""
+
+
+class _Job(NamedTuple):
+    """What the writing thread is handed."""
+
+    url: str
+    images: int
+    file: str
+    values: str
+    """JSON state of all parts, as it was at the boundary."""
+    scalars: Scalars
+    comparison: Comparison
+    ready: torch.cuda.Event | None
+    """Reached once a GPU's copies have arrived."""
+    began: float
+    blocked_s: float
 
 
 class Checkpointer:
@@ -24,117 +62,261 @@ class Checkpointer:
     Args:
         folder: URL of the folder that holds the checkpoints of a run.
         runtime: the ranks.
-        keep: newest checkpoints that are kept.
+        section: how many are kept.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
     """
 
-    def __init__(self, folder: str, *, runtime: Runtime, keep: int, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, *, runtime: Runtime, section: CheckpointSection, facts: Mapping[str, Any]) -> None:
         self.folder = folder
         self._runtime = runtime
-        self._keep = keep
+        self._section = section
         self._facts = dict(facts)
+        self._serial: int | None = None
+        self._buffer: FileBuffer | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._written: list[Written] = []
 
-    def save(self, images: int, parts: Mapping[str, Stateful]) -> str:
-        """Writes a checkpoint and returns its URL once it is committed.
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save(self, images: int, parts: Mapping[str, Stateful], *, scalars: Scalars | None = None) -> str:
+        """Takes the state as it is now and returns the URL that it is going to be committed at.
+
+        Waits only for a checkpoint that is still in flight, and for the copies.
+
+        Args:
+            images: images seen.
+            parts: what has a past, by name.
+            scalars: what the log last showed, for `keep_best`.
 
         Raises:
-            TrainingFailed: on every rank, if any could not write, or if the replicas differ.
+            TrainingFailed: on every rank, if the checkpoint before this one could not be written.
         """
+        began = time.perf_counter()
+        self.drain()
         runtime = self._runtime
-        mine = self._my_share(parts)
-        url = runtime.share_json(self._next_url(images) if runtime.is_main else None)
-        problem = None
-        written: dict[str, Any] = {}
+        url = self._next_url(images)
+        table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
+        mine = _dealt(table, runtime.world_size)[runtime.rank]
+        share = {name: table[name] for name in mine}
+        if self._buffer is None or self._buffer.table != share:
+            self._buffer = FileBuffer(share, pinned=runtime.device.type == "cuda")
+        comparison = runtime.comparison()
+        given = 0
+        for part, state in parts.items():
+            for name, tensor in state.tensors():
+                whole = f"{part}/{name}"
+                comparison.add(whole, tensor)
+                given += 1
+                if whole in share:
+                    self._buffer.put(whole, tensor)
+        assert given == len(table), f"the parts gave {given} tensors and announced {len(table)}"
+        job = _Job(
+            url=url,
+            images=images,
+            file=f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors",
+            values=json.dumps({part: state.values() for part, state in parts.items()}),
+            scalars=dict(scalars or {}),
+            comparison=comparison,
+            ready=runtime.now_on_device(),
+            began=began,
+            blocked_s=time.perf_counter() - began,
+        )
+        self._thread = threading.Thread(target=self._run, args=(job, self._buffer), name="checkpoint", daemon=True)
+        self._thread.start()
+        return url
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes marks and commits."""
+        return self._runtime.is_main
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint in flight is known to have failed on this rank; `drain` raises why, on all."""
+        return self._problem is not None
+
+    def finished(self) -> list[Written]:
+        """What has been committed since the last call."""
+        found, self._written = self._written, []
+        return found
+
+    def drain(self) -> None:
+        """Waits for the checkpoint in flight.
+
+        Raises:
+            TrainingFailed: it could not be written; on every rank.
+        """
+        if self._thread is None:
+            return
+        self._runtime.mark("waiting for a checkpoint")
+        self._thread.join(timeout=self._section.wait_s)
+        if self._thread.is_alive():
+            raise TrainingFailed(
+                f"a checkpoint was still being written after {self._section.wait_s} s (checkpoint.wait_s); "
+                f"is {storage.redact(self.folder)} reachable?"
+            )
+        self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    # -- the writing thread ---------------------------------------------------------------------------------------
+
+    def _run(self, job: _Job, buffer: FileBuffer) -> None:
         try:
-            storage.make_folder(url)
-            name = f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors"
-            data = tensorfile.to_bytes(mine)
-            storage.publish(storage.join(url, name), data)
-            written = {
-                "file": name,
-                "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "tensors": _table(data),
-            }
+            self._write(job, buffer)
+            durable_s = time.perf_counter() - job.began
+            self._written.append(Written(job.url, job.images, job.blocked_s, durable_s))
+        except BaseException as error:  # is raised by `drain`, on the training thread
+            self._problem = error
+
+    def _write(self, job: _Job, buffer: FileBuffer) -> None:
+        runtime = self._runtime
+        if job.ready is not None:
+            job.ready.synchronize()
+        runtime.compare(job.comparison)
+        data = buffer.bytes()
+        digest = _Digest(data)
+        problem, written = None, {}
+        try:
+            storage.make_folder(job.url)
+            storage.publish(storage.join(job.url, job.file), data)
+            written = {"file": job.file, "bytes": len(data), "sha256": digest.result(), "tensors": buffer.places}
         except TrainingFailed as error:
             problem = str(error)
         except OSError as error:
-            problem = f"cannot write {storage.redact(url)}: {storage.why(error)}"
-        runtime.agree(problem)
-        files = runtime.gather_json(written)
-        values = {part: state.values() for part, state in parts.items()}
+            problem = f"cannot write {storage.redact(job.url)}: {storage.why(error)}"
+        files = runtime.gather_json({"problem": problem, "written": written}, writer=True)
+        _raise_first([f["problem"] for f in files])
         problem = None
         if runtime.is_main:
             try:
-                self._commit(url, images, files, values)
-                self._retire()
+                self._commit(job, [f["written"] for f in files])
             except TrainingFailed as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"cannot finish {storage.redact(url)}: {storage.why(error)}"
-        runtime.agree(problem)
-        return str(url)
+                problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
+            if problem is None:
+                self._retire(job.url)
+        _raise_first(runtime.gather_json(problem, writer=True))
 
-    def _my_share(self, parts: Mapping[str, Stateful]) -> dict[str, Tensor]:
-        """Copies on the host of the tensors that this rank writes, once all ranks are known to have the same.
-
-        Raises:
-            TrainingFailed: the replicas differ.
-        """
-        runtime = self._runtime
-        table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
-        mine = set(_dealt(table, runtime.world_size)[runtime.rank])
-        kept: dict[str, Tensor] = {}
-        with runtime.compared_replicas() as seen:
-            for part, state in parts.items():
-                for name, tensor in state.tensors():
-                    seen(f"{part}/{name}", tensor)
-                    if f"{part}/{name}" in mine:
-                        kept[f"{part}/{name}"] = tensor.detach().to("cpu", copy=True)
-        assert kept.keys() == mine, f"a part's table is not what it gives: {sorted(kept.keys() ^ mine)[:5]}"
-        return kept
-
-    def _next_url(self, images: int) -> str:
-        serials = [serial for serial, _ in listed(self.folder)]
-        return storage.join(self.folder, f"checkpoint-{max(serials, default=0) + 1:04d}-{images:012d}")
-
-    def _commit(self, url: str, images: int, files: list[Any], values: Mapping[str, Any]) -> None:
+    def _commit(self, job: _Job, files: list[Any]) -> None:
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "serial": int(url.rsplit("/", 1)[-1].split("-")[1]),
-            "images": images,
+            "format": form.FORMAT,
+            "version": form.VERSION,
+            "serial": int(job.url.rsplit("/", 1)[-1].split("-")[1]),
+            "images": job.images,
             "world_size": self._runtime.world_size,
+            "strategy": self._runtime.launch.strategy,
             "torch": torch.__version__,
             "python": platform.python_version(),
             **self._facts,
+            "scalars": job.scalars,
             "files": {f["file"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in files},
             "tensors": {name: {"file": f["file"], **entry} for f in files for name, entry in f["tensors"].items()},
-            "values": values,
+            "values": json.loads(job.values),
         }
         data = json.dumps(manifest, indent=1).encode()
-        storage.publish(storage.join(url, "manifest.json"), data)
-        storage.publish(storage.join(url, "COMMIT"), hashlib.sha256(data).hexdigest().encode())
+        storage.publish(storage.join(job.url, "manifest.json"), data)
+        storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
-    def _retire(self) -> None:
-        """Deletes what is older than the newest `keep` committed ones, and what was never committed."""
-        entries = [(storage.join(self.folder, name), name) for _, name in listed(self.folder)]
-        committed = [url for url, _ in entries if storage.exists(storage.join(url, "COMMIT"))]
-        kept = set(committed[-self._keep :])
-        for url, _ in entries:
-            if url not in kept and url != entries[-1][0]:
-                storage.remove(storage.join(url, "COMMIT"))
+    # -- retention ------------------------------------------------------------------------------------------------
+
+    def _retire(self, newest: str) -> None:
+        """Deletes what nobody asked to keep, once the newest is known to be whole; a failure to delete is no failure."""
+        if form.verify(newest):
+            return
+        entries = [storage.join(self.folder, name) for _, name in form.listed(self.folder)]
+        marks = {url: storage.list_names(url) for url in entries}
+        committed = [u for u in entries if form.COMMIT in marks[u]]
+        alive = [u for u in committed if form.ABANDONED not in marks[u]]
+        kept = set(alive[-self._section.keep :]) | {newest}
+        kept |= set([u for u in alive if form.HEALTHY in marks[u]][-1:])
+        kept |= self._kept_for_good(alive)
+        for url in entries:
+            if url in kept or (url not in committed and url > newest):
+                continue
+            try:
+                storage.remove(storage.join(url, form.COMMIT))
                 storage.remove_folder(url)
+            except OSError:
+                continue  # without COMMIT it is no checkpoint, and the next retention tries again
 
-    def newest(self) -> Found:
+    def _kept_for_good(self, urls: list[str]) -> set[str]:
+        """One at every `keep_every` images, and the best by `keep_best`."""
+        section, found = self._section, set()
+        if section.keep_every:
+            last = -1
+            for url in urls:
+                images = int(url.rsplit("-", 1)[-1])
+                if images // section.keep_every > last:
+                    found.add(url)
+                    last = images // section.keep_every
+        if section.keep_best:
+            name, sign = section.keep_best.removeprefix("-"), -1.0 if section.keep_best.startswith("-") else 1.0
+            values = {}
+            for url in urls:
+                try:
+                    scalars = form.read_manifest(url).get("scalars", {})
+                except UserError:
+                    continue
+                if name in scalars:
+                    values[url] = sign * scalars[name]
+            if values:
+                found.add(min(values, key=lambda u: values[u]))
+        return found
+
+    # -- marks ----------------------------------------------------------------------------------------------------
+
+    def mark_healthy(self, url: str) -> None:
+        """Says that training went on well from a checkpoint. Rank 0 alone."""
+        if storage.exists(storage.join(url, form.COMMIT)):
+            storage.publish(storage.join(url, form.HEALTHY), b"")
+
+    def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
+        """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
+        value = {"target": target.rsplit("/", 1)[-1], **intent}
+        storage.publish(storage.join(self.folder, INTENT), json.dumps(value).encode())
+
+    def abandon_after(self, target: str) -> None:
+        """Marks every checkpoint newer than `target`. Rank 0 alone."""
+        name = target.rsplit("/", 1)[-1]
+        for _, other in form.listed(self.folder):
+            if other > name:
+                storage.publish(storage.join(self.folder, other, form.ABANDONED), b"")
+
+    def intended_rollback(self) -> dict[str, Any] | None:
+        """The rollback that a killed process has left unfinished, on every rank alike."""
+        found = None
+        if self._runtime.is_main and storage.exists(storage.join(self.folder, INTENT)):
+            found = json.loads(storage.read(storage.join(self.folder, INTENT)))
+        value: dict[str, Any] | None = self._runtime.share_json(found)
+        return value
+
+    def end_rollback(self) -> None:
+        """Says that the rollback's own checkpoint has been committed. Rank 0 alone."""
+        storage.remove(storage.join(self.folder, INTENT))
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    def _next_url(self, images: int) -> str:
+        if self._serial is None:
+            serials = [serial for serial, _ in form.listed(self.folder)] if self._runtime.is_main else []
+            self._serial = int(self._runtime.share_json(max(serials, default=0)))
+        self._serial += 1
+        return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
+
+    def newest(self, *, healthy: bool = False) -> Found:
         """The newest committed checkpoint that is undamaged, on every rank alike.
 
         Raises:
             UserError: there are committed checkpoints and all of them are damaged.
         """
-        found = self._runtime.share_json(newest(self.folder)._asdict() if self._runtime.is_main else None)
+        found = form.newest(self.folder, healthy=healthy)._asdict() if self._runtime.is_main else None
+        found = self._runtime.share_json(found)
         result = Found(found["url"], tuple(found["damaged"]))
-        if result.url is None and result.damaged:
+        if result.url is None and result.damaged and not healthy:
             raise UserError(
                 f"run.dir: every checkpoint in {storage.redact(self.folder)} is damaged ({'; '.join(result.damaged)}); "
                 f"restore one, or move the folder away to begin anew"
@@ -142,29 +324,55 @@ class Checkpointer:
         return result
 
     def load(self, url: str, parts: Mapping[str, Stateful]) -> dict[str, Any]:
-        """Puts a checkpoint back into the parts; returns its manifest.
+        """Puts a checkpoint back into the parts; returns its manifest. Parts that are left out stay as they are.
 
         Raises:
-            UserError: it is damaged, not committed, or of other parts.
+            UserError: on every rank, if any found it damaged or not committed, or if it is of other networks.
         """
         problem: str | None = None
         manifest: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         try:
-            manifest, tensors = read(url)
+            manifest, tensors = form.read(url)
         except UserError as error:
             problem = str(error)
         for text in self._runtime.gather_json(problem):
             if text is not None:
                 raise UserError(text)
-        unknown = manifest["values"].keys() ^ parts.keys()
-        if unknown:
-            raise UserError(f"{storage.redact(url)}: holds other parts than this version: {', '.join(sorted(unknown))}")
+        lacking = parts.keys() - manifest["values"].keys()
+        if lacking:
+            raise UserError(
+                f"{storage.redact(url)}: does not hold {', '.join(sorted(lacking))}; take another checkpoint"
+            )
         for part, state in parts.items():
             prefix = f"{part}/"
-            state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            try:
+                state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            except ValueError as error:
+                raise UserError(f"{storage.redact(url)} does not fit this run: {error}") from error
             state.load_values(manifest["values"][part])
         return manifest
+
+
+class _Digest:
+    """sha256 of a buffer, computed in a thread of its own while the buffer is being written."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._hash = hashlib.sha256()
+        self._thread = threading.Thread(target=self._hash.update, args=(data,), name="checkpoint hash", daemon=True)
+        self._thread.start()
+
+    def result(self) -> str:
+        """Waits for the hash."""
+        self._thread.join()
+        return self._hash.hexdigest()
+
+
+def _raise_first(problems: list[str | None]) -> None:
+    """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise TrainingFailed(text if len(problems) == 1 else f"rank {rank}: {text}")
 
 
 def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
@@ -176,14 +384,3 @@ def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
         hands[rank].append(name)
         held[rank] += tensors[name].nbytes
     return hands
-
-
-def _table(data: bytes) -> dict[str, Any]:
-    """Shape, dtype and place in the file of each tensor, from the safetensors header."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    return {
-        name: {"shape": e["shape"], "dtype": e["dtype"], "offsets": [8 + length + o for o in e["data_offsets"]]}
-        for name, e in header.items()
-        if name != "__metadata__"
-    }

@@ -4,8 +4,10 @@
         data-00000-of-00002.safetensors     one a writing rank, tensors dealt out by size
         manifest.json                       where each tensor is; size and sha256 of each file; JSON state
         COMMIT                              sha256 of manifest.json, written last
+        HEALTHY                             beside them, later: training went on well from here
+        ABANDONED                           beside them, later: a rollback went back behind it
 
-A folder without COMMIT, or whose COMMIT does not fit, is not a checkpoint.
+A folder without COMMIT, or whose COMMIT does not fit, is not a checkpoint. docs/checkpoints.md is the whole format.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from dist_gan.types import UserError
 
 FORMAT = "dist_gan.checkpoint"
 VERSION = 1
+COMMIT, HEALTHY, ABANDONED = "COMMIT", "HEALTHY", "ABANDONED"
+_FILE = re.compile(r"data-\d{5,}-of-\d{5,}\.safetensors")
 _NAME = re.compile(r"checkpoint-(\d{4,})-(\d{12,})")
 
 
@@ -34,12 +38,16 @@ class Found(NamedTuple):
     """Newer ones that were passed over: file and reason."""
 
 
-def newest(folder: str) -> Found:
-    """The newest committed checkpoint whose every file is as the manifest says, and what was wrong with newer ones."""
+def newest(folder: str, *, healthy: bool = False) -> Found:
+    """The newest committed checkpoint whose every file is as the manifest says, and what was wrong with newer ones.
+
+    Those that a rollback has abandoned are passed over without a word; with `healthy`, those not marked so, too.
+    """
     damaged: list[str] = []
     for _, name in reversed(listed(folder)):
         url = storage.join(folder, name)
-        if not storage.exists(storage.join(url, "COMMIT")):
+        marks = storage.list_names(url)
+        if COMMIT not in marks or ABANDONED in marks or (healthy and HEALTHY not in marks):
             continue
         problems = verify(url)
         if not problems:
@@ -57,8 +65,9 @@ def verify(url: str) -> list[str]:
     problems = []
     for name, facts in manifest["files"].items():
         try:
-            _checked_file(url, name, facts)
-        except UserError as error:
+            data = _checked_file(url, name, facts)
+            tensorfile.from_bytes(data, name=f"{storage.redact(url)}/{name}")
+        except (UserError, ValueError) as error:
             problems.append(str(error))
     return problems
 
@@ -67,23 +76,35 @@ def read_manifest(url: str) -> dict[str, Any]:
     """The manifest of a committed checkpoint.
 
     Raises:
-        UserError: there is none, or COMMIT is not its hash.
+        UserError: there is none, COMMIT is not its hash, or another version wrote it.
     """
     place = storage.redact(url)
     try:
         data = storage.read(storage.join(url, "manifest.json"))
-        commit = storage.read(storage.join(url, "COMMIT"))
+        commit = storage.read(storage.join(url, COMMIT))
     except FileNotFoundError as error:
         raise UserError(f"{place} is no committed checkpoint: {error.filename or error} is missing") from error
     if commit.strip() != hashlib.sha256(data).hexdigest().encode():
         raise UserError(f"{place} is damaged: COMMIT is not the hash of manifest.json; take another checkpoint")
-    manifest = json.loads(data)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{place} is damaged: manifest.json is no JSON ({error}); take another checkpoint") from error
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        kind = manifest.get("format"), manifest.get("version") if isinstance(manifest, dict) else None
         raise UserError(
-            f"{place} is of format {manifest.get('format')!r} version {manifest.get('version')!r}, and this program reads "
-            f"{FORMAT} version {VERSION}; resume it with the program that wrote it"
+            f"{place} is of format {kind[0]!r} version {kind[1]!r}, and this program reads {FORMAT} version {VERSION}; "
+            f"resume it with the program that wrote it"
         )
-    return dict(manifest)
+    strange = [n for n in manifest.get("files", ()) if not _FILE.fullmatch(n)]
+    if strange:
+        raise UserError(f"{place} is damaged: manifest.json names a file {strange[0]!r}; take another checkpoint")
+    missing = {"files", "tensors", "values", "serial", "images"} - manifest.keys()
+    if missing:
+        raise UserError(
+            f"{place} is damaged: manifest.json lacks {', '.join(sorted(missing))}; take another checkpoint"
+        )
+    return manifest
 
 
 def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,8 +117,11 @@ def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tenso
     wanted = {e["file"] for name, e in manifest["tensors"].items() if name.startswith(prefix)}
     tensors: dict[str, Tensor] = {}
     for name in sorted(wanted):
-        tensors |= tensorfile.from_bytes(_checked_file(url, name, manifest["files"][name]), name=name)
-    return manifest, {name: t for name, t in tensors.items() if name.startswith(prefix)}
+        try:
+            tensors |= tensorfile.from_bytes(_checked_file(url, name, manifest["files"][name]), name=name)
+        except ValueError as error:
+            raise UserError(f"{storage.redact(url)} is damaged: {error}; take another checkpoint") from error
+    return manifest, {name: t for name, t in sorted(tensors.items()) if name.startswith(prefix)}
 
 
 def _checked_file(url: str, name: str, facts: Mapping[str, Any]) -> bytes:

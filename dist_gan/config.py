@@ -104,6 +104,8 @@ class RunSection(Section):
     """Every random number of the run is a function of it."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
     """`auto`: from the newest checkpoint in `dir`; `never`: only into an empty folder; or a checkpoint's path."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Run folder, checkpoint or exported generator whose weights a new run begins with, as far as names and shapes fit."""
     profile: bool = False
     """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
 
@@ -325,14 +327,26 @@ class CheckpointSection(Section):
     every: Annotated[Count, Field(gt=0)] = 40_000
     """Images between checkpoints; the last one is always written."""
     keep: Annotated[Count, Field(ge=2)] = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the newest healthy one is kept besides."""
+    keep_every: Annotated[Count, Field(gt=0)] | None = None
+    """Images between checkpoints that are kept for good; None for none."""
+    keep_best: Annotated[str, Field(min_length=1)] | None = None
+    """A scalar's name, such as metric/fid: the checkpoint with its lowest value is kept; `-metric/x` for the highest."""
+    wait_s: Annotated[Count, Field(ge=1)] = 600
+    """Longest wait for a checkpoint that is still being written when the run ends or saves the next one."""
 
 
 class RecoverySection(Section):
     """When training has failed."""
 
     max_nonfinite: Annotated[Count, Field(ge=1)] = 20
-    """Updates of one player skipped in a row, for a gradient that is not finite, after which the run ends."""
+    """Updates of one player skipped in the window, for a gradient that is not finite, after which the run rolls back."""
+    window: Annotated[Count, Field(ge=1)] = 100
+    """Updates of a player that skipped ones are counted in."""
+    rollbacks: Annotated[Count, Field(ge=0)] = 2
+    """Times that a run goes back to its newest healthy checkpoint before it ends with exit code 3."""
+    max_restarts: Annotated[Count, Field(ge=2)] = 5
+    """Starts from the same images without a new checkpoint, after which the run ends with exit code 3."""
 
 
 def _kind_of(default: str) -> Any:

@@ -17,6 +17,8 @@ from dist_gan.config_reader import differences, to_yaml
 from dist_gan.types import UserError
 
 OUTCOME = "outcome.json"
+STARTS = "attempts.jsonl"
+"""A line for each attempt that began to train, and one for each that ended as it should."""
 
 
 class RunFolder:
@@ -88,11 +90,42 @@ class RunFolder:
 
     def write_outcome(self, outcome: str, *, code: int, images: int, reason: str, commit: str | None) -> None:
         """Says how the run ended: written last, atomically. `commit` is the checkpoint that it would go on from."""
+        note_end(self.path, attempt=self.attempt, outcome=outcome)
         write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt, commit=commit)
 
     def close(self) -> None:
         """Gives the folder up."""
         self._lock.close()
+
+
+def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | None:
+    """Notes that an attempt begins to train at `images`; what is wrong if too many have begun there and died.
+
+    An attempt that finished, or was asked to stop, does not count.
+    """
+    path = folder / STARTS
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    ended = {line["attempt"] for line in lines if "ended" in line}
+    in_vain = 0
+    for line in reversed([line for line in lines if "images" in line]):
+        if line["images"] != images or line["attempt"] in ended:
+            break
+        in_vain += 1
+    if in_vain >= limit:
+        return (
+            f"training failed: {in_vain} attempts in a row began at {images:,} images and none reached a new checkpoint "
+            f"(recovery.max_restarts); see the ends of their logs, and start again once the cause is gone with a larger "
+            f"recovery.max_restarts or a smaller checkpoint.every"
+        )
+    with open(path, "a") as file:
+        file.write(json.dumps({"attempt": attempt, "images": images}) + "\n")
+    return None
+
+
+def note_end(folder: Path, *, attempt: int, outcome: str) -> None:
+    """Notes that an attempt ended as it should."""
+    with open(folder / STARTS, "a") as file:
+        file.write(json.dumps({"attempt": attempt, "ended": outcome}) + "\n")
 
 
 def write_outcome(

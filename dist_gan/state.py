@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_gan.data import Stream
 from dist_gan.ema import GeneratorEMA
+from dist_gan.health.recovery import Recovery
 from dist_gan.runtime import Player
 from dist_gan.types import Stateful, TensorFacts, facts_of
 
@@ -26,10 +27,6 @@ class Progress:
     """Generator updates, skipped ones included."""
     averaged_images: int = 0
     """Images at the last update of the averaged generator."""
-    skipped: dict[str, int] = field(default_factory=lambda: {"generator": 0, "discriminator": 0})
-    """Updates that were skipped for a gradient that was not finite."""
-    skipped_in_a_row: dict[str, int] = field(default_factory=lambda: {"generator": 0, "discriminator": 0})
-    """The same, since the last one that was applied."""
     seconds: float = 0.0
     """Time spent training, over all attempts."""
     memory: dict[str, Tensor] = field(default_factory=dict)
@@ -51,13 +48,13 @@ class Progress:
 
     def values(self) -> dict[str, Any]:
         """Counters."""
-        names = ("images", "d_updates", "g_updates", "averaged_images", "skipped", "skipped_in_a_row", "seconds")
+        names = ("images", "d_updates", "g_updates", "averaged_images", "seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_values(self, values: dict[str, Any]) -> None:
         """Takes back what `values` gave."""
         for name, value in values.items():
-            setattr(self, name, dict(value) if isinstance(value, dict) else value)
+            setattr(self, name, value)
 
 
 class _StreamState:
@@ -85,6 +82,7 @@ class TrainState:
     ema: GeneratorEMA
     stream: Stream
     progress: Progress
+    recovery: Recovery
 
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
@@ -94,4 +92,5 @@ class TrainState:
             "ema": self.ema,
             "stream": _StreamState(self.stream),
             "progress": self.progress,
+            "recovery": self.recovery,
         }

@@ -128,12 +128,9 @@ def _turn(
         for piece_terms in terms:
             scalars.add(piece_terms)
         scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})
-        progress.skipped_in_a_row[active.name] = 0
     else:
         for buffer, old in zip(kept, before, strict=True):
             buffer.copy_(old)
-        progress.skipped[active.name] += 1
-        progress.skipped_in_a_row[active.name] += 1
     return update
 
 

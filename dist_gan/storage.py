@@ -168,7 +168,7 @@ def make_folder(url: str) -> None:
     filesystem.makedirs(path, exist_ok=True)
 
 
-def publish(url: str, data: bytes) -> None:
+def publish(url: str, data: bytes | memoryview) -> None:
     """Writes a file so that nobody ever sees half of it.
 
     Locally: a temporary name beside it, fsync, rename, fsync of the folder. On an object store an upload becomes
@@ -183,7 +183,7 @@ def publish(url: str, data: bytes) -> None:
             _publish_local(local, data)
             return
         filesystem, path = _filesystem(url)
-        filesystem.pipe_file(path, data)
+        filesystem.pipe_file(path, bytes(data))
         filesystem.invalidate_cache()
         written = int(filesystem.size(path))
         if written != len(data):
@@ -193,7 +193,7 @@ def publish(url: str, data: bytes) -> None:
         raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {_reason(error)}") from error
 
 
-def _publish_local(path: Path, data: bytes) -> None:
+def _publish_local(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:

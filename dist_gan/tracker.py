@@ -56,18 +56,35 @@ class Tracker:
         self.tensorboard_folder = folder / "tensorboard"
         self._samples = folder / "samples"
         self._samples.mkdir(parents=True, exist_ok=True)
-        _set_aside(folder / "metrics.jsonl", resumed_at=resumed_at, attempt=attempt)
+        self._rewinds = 0
+        _set_aside(folder / "metrics.jsonl", resumed_at=resumed_at, name=f"before-attempt-{attempt:04d}")
         self._metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
         self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115 - closed by close()
-        self._writer = SummaryWriter(
-            str(self.tensorboard_folder), purge_step=resumed_at + 1 if attempt > 1 else None, flush_secs=10
-        )
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer = self._board(purge_step=resumed_at + 1 if attempt > 1 else None)
         self._writer.add_text("config", "```yaml\n" + config_yaml + "```", global_step=resumed_at)
         self._on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total, initial=resumed_at, unit="img", unit_scale=True, disable=not self._on_terminal, smoothing=0.1
         )
+
+    def _board(self, *, purge_step: int | None) -> SummaryWriter:
+        writer = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step, flush_secs=10)
+        writer.add_custom_scalars(_LAYOUT)
+        return writer
+
+    def rewind(self, images: int) -> None:
+        """Sets aside what was logged after `images`, so that each point is seen once after a rollback."""
+        if not self.enabled:
+            return
+        self._rewinds += 1
+        self._metrics.close()
+        name = f"before-rollback-{self._attempt:04d}-{self._rewinds:02d}"
+        _set_aside(self.folder / "metrics.jsonl", resumed_at=images, name=name)
+        self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self._writer.close()
+        self._writer = self._board(purge_step=images + 1)
+        self._bar.reset(total=self._total)
+        self._bar.update(images)
 
     def scalars(self, images: int, values: Scalars, *, clock: Scalars) -> None:
         """A tick: `values` are reduced over the ranks, `clock` is this rank's own timing."""
@@ -154,7 +171,7 @@ def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
         yield profiler.step
 
 
-def _set_aside(path: Path, *, resumed_at: int, attempt: int) -> None:
+def _set_aside(path: Path, *, resumed_at: int, name: str) -> None:
     """Moves lines later than the checkpoint to a file of their own, so that each point is seen once."""
     if not path.exists():
         return
@@ -167,7 +184,7 @@ def _set_aside(path: Path, *, resumed_at: int, attempt: int) -> None:
             images = resumed_at + 1
         (kept if images <= resumed_at else later).append(line)
     if later:
-        aside = path.with_name(f"{path.stem}.before-attempt-{attempt:04d}{path.suffix}")
+        aside = path.with_name(f"{path.stem}.{name}{path.suffix}")
         aside.write_text("".join(later))
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))

@@ -16,15 +16,18 @@ from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
 from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
+from dist_gan.health.recovery import PLAYERS, Recovery, actions
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
+from dist_gan.resume import resume, roll_back
+from dist_gan.run_folder import note_start
 from dist_gan.runtime import Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
 from dist_gan.step import Rules, train_step
 from dist_gan.tracker import Tracker, profiled
-from dist_gan.types import Networks, Scalars, TrainingFailed, UserError
+from dist_gan.types import Networks, Scalars, TrainingFailed
 
 MODE_SAMPLES = 5_000
 """Samples that the modes of the embedded data set are counted in."""
@@ -42,6 +45,8 @@ class Run(NamedTuple):
     checkpointer: Checkpointer
     tracker: Tracker
     stop: StopRequest
+    healthy_next: list[str]
+    """The last checkpoint, if nothing was wrong when it was taken: healthy if nothing is until the next one."""
 
 
 class End(NamedTuple):
@@ -66,7 +71,7 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     checkpointer = Checkpointer(
         storage.join(config.run.dir, "checkpoints"),
         runtime=runtime,
-        keep=config.checkpoint.keep,
+        section=config.checkpoint,
         facts={
             "dist_gan": __version__,
             "attempt": attempt,
@@ -74,30 +79,35 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
             "config": to_yaml(config),
         },
     )
-    resumed_from, passed_over = _resume(config, checkpointer, state)
+    resumed = resume(config, checkpointer, state)
+    images = state.progress.images
+    folder, limit = Path(config.run.dir), config.recovery.max_restarts
+    runtime.agree(note_start(folder, attempt=attempt, images=images, limit=limit) if runtime.is_main else None)
     tracker = Tracker(
-        Path(config.run.dir),
+        folder,
         enabled=runtime.is_main,
         attempt=attempt,
         total=config.run.images,
-        resumed_at=state.progress.images,
+        resumed_at=images,
         config_yaml=to_yaml(config),
     )
-    for text in passed_over:
-        tracker.say(f"passed over a damaged checkpoint: {text}")
+    for text in resumed.notes:
+        tracker.say(text)
     tracker.say(
-        f"attempt {attempt}: "
-        + (f"resumed from {resumed_from} at {state.progress.images:,} images" if resumed_from else "from scratch")
+        f"attempt {attempt}: " + (f"resumed from {resumed.url} at {images:,} images" if resumed.url else "from scratch")
     )
     tracker.event(
-        "resume" if resumed_from else "start",
-        images=state.progress.images,
-        checkpoint=resumed_from,
-        passed_over=passed_over,
+        "resume" if resumed.url else "start",
+        images=images,
+        checkpoint=resumed.url,
+        notes=resumed.notes,
         config_hash=config_hash(config),
         **runtime.describe(),
     )
-    return Run(config, runtime, state, objective, draws, rules, checkpointer, tracker, stop)
+    run = Run(config, runtime, state, objective, draws, rules, checkpointer, tracker, stop, healthy_next=[])
+    if resumed.finished_rollback:
+        _commit_rollback(run)
+    return run
 
 
 def new_state(
@@ -118,7 +128,8 @@ def new_state(
         fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
     )
     progress = Progress(memory=objective.initial_memory(runtime.device, runtime.dtype))
-    return TrainState(generator, discriminator, ema, stream, progress), objective, rules
+    state = TrainState(generator, discriminator, ema, stream, progress, Recovery(config.recovery))
+    return state, objective, rules
 
 
 def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
@@ -141,24 +152,6 @@ def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
     )
 
 
-def _resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> tuple[str | None, tuple[str, ...]]:
-    """Loads the checkpoint that the run goes on from; its URL if there is one, and the damaged ones passed over."""
-    wanted = config.run.resume
-    if wanted not in ("auto", "never"):
-        checkpointer.load(wanted, state.parts())
-        return wanted, ()
-    found = checkpointer.newest()
-    if found.url is None:
-        return None, ()
-    if wanted == "never":
-        raise UserError(
-            f"run.resume: 'never', but {config.run.dir} holds the checkpoint {found.url}; choose another run.dir, "
-            f"or run.resume=auto to go on from it"
-        )
-    checkpointer.load(found.url, state.parts())
-    return found.url, found.damaged
-
-
 def fit(run: Run) -> End:
     """The loop: trains until `run.images` have been seen, or until some rank is asked to stop.
 
@@ -167,7 +160,7 @@ def fit(run: Run) -> End:
     """
     config, runtime, state, tracker = run.config, run.runtime, run.state, run.tracker
     progress, total = state.progress, config.run.images
-    scalars, clock = ScalarMeans(), Clock(progress, state.stream)
+    scalars, clock, shown = ScalarMeans(), Clock(progress, state.stream), {}
     if progress.images == 0:
         tracker.grid("real", 0, to_pictures(state.stream.preview(config.log.samples)))
     with profiled(tracker.folder / "tensorboard", enabled=config.run.profile and runtime.is_main) as step_done:
@@ -175,7 +168,9 @@ def fit(run: Run) -> End:
             before = progress.images
             knobs = knobs_at(before, config=config)
             updates = train_step(runtime, state, run.objective, run.draws, knobs, scalars, rules=run.rules)
-            _watch_nonfinite(run, updates)
+            if _recover(run, updates):
+                scalars, clock = ScalarMeans(), Clock(progress, state.stream)
+                continue
             if clock.first_step():
                 runtime.shorten_timeout()
             step_done()
@@ -184,21 +179,19 @@ def fit(run: Run) -> End:
             if config.runtime.compare_every and _due(before, now, config.runtime.compare_every, total):
                 _compare_replicas(run)
             if _due(before, now, config.log.every, total) or _due(before, now, config.checkpoint.every, total):
-                values = scalars.flush(runtime) | _counters(progress) | _moving(knobs._asdict())
+                shown = scalars.flush(runtime) | _counters(state) | _moving(knobs._asdict())
                 timing = clock.tick(runtime)
-                tracker.scalars(now, values, clock=timing)
-                tracker.progress(now, values, clock=timing)
+                tracker.scalars(now, shown, clock=timing)
+                tracker.progress(now, shown, clock=timing)
             if _due(before, now, config.log.samples_every, total):
                 _grid(run)
             asked = _asked_to_stop(run, before)
             if asked or _due(before, now, config.checkpoint.every, total):
-                commit = _save(run)
+                _save(run, shown)
             if asked and now < total:
-                tracker.say(f"asked to stop ({asked}); saved {commit}: start the same command again to go on")
-                tracker.event("preempted", images=now, signal=asked, checkpoint=commit)
-                return End(now, asked, commit)
-    _finish(run)
-    return End(progress.images, None, run.checkpointer.newest().url)
+                return _leave(run, asked)
+            _report_written(run)
+    return _finish(run)
 
 
 class Clock:
@@ -234,50 +227,65 @@ def _due(before: int, now: int, every: int, total: int) -> bool:
     return before // every != now // every or now >= total
 
 
-def _counters(progress: Progress) -> Scalars:
-    return {f"skipped/{name}": float(count) for name, count in progress.skipped.items()}
+def _counters(state: TrainState) -> Scalars:
+    recovery = state.recovery
+    skipped = {f"skipped/{name}": float(count) for name, count in recovery.skipped.items()}
+    return skipped | {"recovery/rollbacks": float(recovery.rollbacks)}
 
 
 def _moving(knobs: Scalars) -> Scalars:
     return {f"knobs/{name}": value for name, value in knobs.items()}
 
 
-def _watch_nonfinite(run: Run, updates: list[Update]) -> None:
-    """Reports skipped updates, and ends the run when one player has not moved for too long."""
-    progress, limit = run.state.progress, run.config.recovery.max_nonfinite
-    for update in updates:
-        if update.applied:
-            continue
-        assert update.culprit is not None
-        player = update.culprit.split("/", 1)[0].split(" ", 1)[0]
-        count, in_a_row = progress.skipped[player], progress.skipped_in_a_row[player]
-        if count & (count - 1) == 0:
-            run.tracker.say(f"skipped an update of the {player}: the gradient of {update.culprit} is not finite")
-            run.tracker.event(
-                "skipped_update", images=progress.images, player=player, tensor=update.culprit, skipped=count
-            )
-        if in_a_row >= limit:
-            reason = (
-                f"training failed at {progress.images:,} images: {in_a_row} updates of the {player} in a row had a "
-                f"gradient that is not finite, first in {update.culprit}; lower the learning rate or raise the "
-                f"penalties, then start anew in another run.dir or from an earlier checkpoint with run.resume"
-            )
-            run.tracker.event("failure", images=progress.images, phenomenon="nonfinite", reason=reason)
-            raise TrainingFailed(reason)
+def _recover(run: Run, updates: list[Update]) -> bool:
+    """Reports skipped updates, and does what recovery decides; whether the run has gone back."""
+    tracker, progress, recovery = run.tracker, run.state.progress, run.state.recovery
+    action = actions(recovery, updates)
+    for player, update in zip([PLAYERS[0]] * (len(updates) - 1) + [PLAYERS[1]], updates, strict=True):
+        count = recovery.skipped[player]
+        if not update.applied and count & (count - 1) == 0:
+            tracker.say(f"skipped an update of the {player}: the gradient of {update.culprit} is not finite")
+            tracker.event("skipped_update", images=progress.images, player=player, tensor=update.culprit, skipped=count)
+    if action.kind == "continue":
+        return False
+    tracker.event("failure", images=progress.images, phenomenon="nonfinite", reason=action.reason)
+    reason = f"training failed at {progress.images:,} images: {action.reason}"
+    if action.kind == "stop":
+        raise TrainingFailed(reason)
+    failed_at = progress.images
+    target = roll_back(run.checkpointer, run.state, reason=reason)
+    tracker.rewind(progress.images)
+    tracker.say(f"{action.reason}; back from {failed_at:,} to {progress.images:,} images, the healthy {target}")
+    tracker.event(
+        "rollback", images=progress.images, failed_at=failed_at, checkpoint=target, rollbacks=recovery.rollbacks
+    )
+    _commit_rollback(run)
+    return True
+
+
+def _commit_rollback(run: Run) -> None:
+    """Makes a rollback final before training goes on: a crash from here on neither undoes nor repeats it."""
+    url = _save(run, {})
+    run.checkpointer.drain()
+    if run.runtime.is_main:
+        run.checkpointer.mark_healthy(url)
+        run.checkpointer.end_rollback()
+    run.runtime.barrier()
+    _report_written(run)
 
 
 def _compare_replicas(run: Run) -> None:
     """Ends the run when the ranks no longer train the same networks; a checkpoint compares everything it keeps."""
-    state = run.state
-    with run.runtime.compared_replicas() as seen:
-        for player in (state.generator, state.discriminator):
-            for part in player.weights():
-                for name, tensor in part.items():
-                    seen(f"{player.name}/weights/{name}", tensor)
-            for name, tensor in player.module.named_buffers():
-                seen(f"{player.name}/buffers/{name}", tensor)
-        for name, tensor in state.ema.tensors():
-            seen(f"ema/{name}", tensor)
+    state, comparison = run.state, run.runtime.comparison()
+    for player in (state.generator, state.discriminator):
+        for part in player.weights():
+            for name, tensor in part.items():
+                comparison.add(f"{player.name}/weights/{name}", tensor)
+        for name, tensor in player.module.named_buffers():
+            comparison.add(f"{player.name}/buffers/{name}", tensor)
+    for name, tensor in state.ema.tensors():
+        comparison.add(f"ema/{name}", tensor)
+    run.runtime.compare(comparison, writer=False)
 
 
 def _grid(run: Run) -> None:
@@ -290,26 +298,59 @@ def _grid(run: Run) -> None:
 
 
 def _asked_to_stop(run: Run, before: int) -> str | None:
-    """The signal that some rank has got, looked for at an interval that is the same on all ranks."""
-    config, runtime, stop = run.config, run.runtime, run.stop
+    """The signal that some rank has got, looked for at an interval that is the same on all ranks.
+
+    Raises:
+        TrainingFailed: on every rank, if a checkpoint that is being written has failed on any.
+    """
+    config, runtime = run.config, run.runtime
     if not _due(before, run.state.progress.images, config.runtime.stop_every, config.run.images):
         return None
-    if not runtime.any_rank(stop.requested):
+    if not runtime.any_rank(run.stop.requested or run.checkpointer.failed):
         return None
-    return next(name for name in runtime.gather_json(stop.signal) if name is not None)
+    run.checkpointer.drain()
+    return next((name for name in runtime.gather_json(run.stop.signal) if name is not None), None)
 
 
-def _save(run: Run) -> str:
-    began = time.perf_counter()
-    images = run.state.progress.images
-    url = run.checkpointer.save(images, run.state.parts())
-    run.tracker.event("checkpoint", images=images, url=url, seconds=round(time.perf_counter() - began, 3))
+def _save(run: Run, shown: Scalars) -> str:
+    """Begins a checkpoint; the one before it is healthy if no update has been skipped since."""
+    state, checkpointer = run.state, run.checkpointer
+    checkpointer.drain()
+    _report_written(run)
+    if state.recovery.quiet and run.healthy_next and run.runtime.is_main:
+        checkpointer.mark_healthy(run.healthy_next[-1])
+    url = checkpointer.save(state.progress.images, state.parts(), scalars=shown)
+    run.healthy_next[:] = [url] if state.recovery.quiet else []
     run.tracker.flush()
     return url
 
 
-def _finish(run: Run) -> None:
-    """The last event, and what to look at and type next."""
+def _report_written(run: Run) -> None:
+    """Events of the checkpoints that have been committed since the last look."""
+    for done in run.checkpointer.finished():
+        run.tracker.event(
+            "checkpoint",
+            images=done.images,
+            url=done.url,
+            blocked_s=round(done.blocked_s, 4),
+            durable_s=round(done.durable_s, 4),
+        )
+
+
+def _leave(run: Run, asked: str) -> End:
+    """Ends a run that was asked to stop, once its checkpoint is committed."""
+    run.checkpointer.drain()
+    _report_written(run)
+    images, commit = run.state.progress.images, run.checkpointer.newest().url
+    run.tracker.say(f"asked to stop ({asked}); saved {commit}: start the same command again to go on")
+    run.tracker.event("preempted", images=images, signal=asked, checkpoint=commit)
+    return End(images, asked, commit)
+
+
+def _finish(run: Run) -> End:
+    """The last checkpoint, the last event, and what to look at and type next."""
+    run.checkpointer.drain()
+    _report_written(run)
     config, tracker, progress = run.config, run.tracker, run.state.progress
     facts: dict[str, float | int] = {}
     if isinstance(config.data, ShapesData):
@@ -336,3 +377,4 @@ def _finish(run: Run) -> None:
         f"  next         dist-gan sample {folder} samples.png\n"
         f"               dist-gan export {folder} generator"
     )
+    return End(progress.images, None, newest)

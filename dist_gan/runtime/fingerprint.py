@@ -30,3 +30,33 @@ def fingerprint(tensor: Tensor) -> Tensor:
         factors = ((places + 1) * _GOLDEN) | 1
         total = total + (part * factors).sum()
     return total
+
+
+class Comparison:
+    """Fingerprints of many tensors, taken one after another without waiting for the device.
+
+    Args:
+        enabled: whether there is anybody to compare with.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._names: list[str] = []
+        self._prints: list[Tensor] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes the fingerprint of a tensor as it is now."""
+        if self._enabled:
+            self._names.append(name)
+            self._prints.append(fingerprint(tensor))
+
+    def result(self) -> dict[str, int]:
+        """The fingerprints by name."""
+        by_device: dict[torch.device, list[int]] = {}
+        for index, value in enumerate(self._prints):
+            by_device.setdefault(value.device, []).append(index)
+        numbers = dict.fromkeys(self._names, 0)
+        for indices in by_device.values():
+            values = torch.stack([self._prints[i] for i in indices]).tolist()  # one wait a device
+            numbers |= {self._names[i]: value for i, value in zip(indices, values, strict=True)}
+        return numbers

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
-from dist_gan.runtime.fingerprint import fingerprint
+from dist_gan.runtime.fingerprint import Comparison
 from dist_gan.runtime.heartbeat import Heartbeat, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
@@ -224,19 +224,26 @@ class Runtime:
         """Rank 0's JSON value on every rank. Nothing is pickled."""
         return self.gather_json(value if self.is_main else None)[0]
 
-    def gather_json(self, value: Any) -> list[Any]:
-        """The JSON values of all ranks, in rank order, on every rank. Nothing is pickled."""
-        self.mark("an agreement of all ranks")
+    def gather_json(self, value: Any, *, writer: bool = False) -> list[Any]:
+        """The JSON values of all ranks, in rank order, on every rank. Nothing is pickled.
+
+        Args:
+            value: what JSON can hold.
+            writer: over the group of the checkpoint's threads, instead of the training threads'.
+        """
         if self.world_size == 1:
             return [value]
+        if not writer:
+            self.mark("an agreement of all ranks")
+        group = self._writer if writer else self._control
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._control)
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
         sizes = [int(n.item()) for n in lengths]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=self._control)
+        dist.all_gather(parts, padded, group=group)
         return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, sizes, strict=True)]
 
     def agree(self, problem: str | None) -> None:
@@ -246,32 +253,25 @@ class Runtime:
             if text is not None:
                 raise TrainingFailed(text if self.world_size == 1 else f"rank {rank}: {text}")
 
-    @contextmanager
-    def compared_replicas(self) -> Iterator[Callable[[str, Tensor], None]]:
-        """Yields what to show each tensor to; on leaving, compares what all ranks have seen.
+    def comparison(self) -> Comparison:
+        """A new comparison of replicas, to add tensors to."""
+        return Comparison(enabled=self.world_size > 1)
+
+    def compare(self, comparison: Comparison, *, writer: bool = True) -> None:
+        """Compares what all ranks have added.
 
         Raises:
             TrainingFailed: some tensor is not the same on every rank; names the first one, and the ranks.
         """
-        names: list[str] = []
-        prints: list[Tensor] = []
-
-        def see(name: str, tensor: Tensor) -> None:
-            if self.world_size > 1:
-                names.append(name)
-                prints.append(fingerprint(tensor).to(self.device))
-
-        yield see
-        if names:
-            self._compare(dict(zip(names, torch.stack(prints).tolist(), strict=True)))
-
-    def _compare(self, fingerprints: Mapping[str, int]) -> None:
-        total = hashlib.sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
-        if len(set(self.gather_json(total))) == 1:
+        if self.world_size == 1:
             return
-        everywhere = self.gather_json(dict(fingerprints))
-        for name in fingerprints:
-            values = [h.get(name) for h in everywhere]
+        mine = comparison.result()
+        total = hashlib.sha256(json.dumps(sorted(mine.items())).encode()).hexdigest()
+        if len(set(self.gather_json(total, writer=writer))) == 1:
+            return
+        everywhere = self.gather_json(mine, writer=writer)
+        for name in mine:
+            values = [theirs.get(name) for theirs in everywhere]
             if len(set(values)) > 1:
                 common = max(set(values), key=values.count)
                 odd = [r for r, v in enumerate(values) if v != common]
@@ -281,6 +281,14 @@ class Runtime:
                     f"from the last checkpoint, without that machine"
                 )
         raise TrainingFailed("the replicas differ in the names of their tensors")
+
+    def now_on_device(self) -> torch.cuda.Event | None:
+        """A moment of the device's stream that can be waited for; None where there is nothing to wait for."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     # -- time -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """train.py with a recorder, or with a fault on one rank: instrumented.py OUT FAULT[:DRAW] CONFIG [key=value ...].
 
-FAULT is `record`, or what rank 1 does when it takes its DRAW-th batch: `hang`, `kill`, `corrupt` a weight; or what it
-starts with: other `settings`, other `code`, another `package`. Every rank leaves the keys and the latents' hash of each
-batch in OUT.
+FAULT is `record`, or what rank 1 does when it takes its DRAW-th batch: `hang`, `kill`, `corrupt` a weight, `nan-once`, or
+from there on always `nan`; or what it starts with: other `settings`, other `code`, another `package`. Every rank leaves the
+keys and the latents' hash of each batch in OUT.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dist_gan.types import Batch
 
 OUT, (FAULT, _, DRAW) = Path(sys.argv[1]), sys.argv[2].partition(":")
 RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def instrument() -> None:
@@ -44,11 +45,17 @@ def instrument() -> None:
         with open(OUT / f"rank-{RANK}.jsonl", "a") as file:
             line = {"draw": batch.draw, "slots": batch.slots.tolist(), "keys": batch.keys, "latents": rows}
             file.write(json.dumps(line) + "\n")
+        if RANK == WORLD_SIZE - 1 and FAULT == "nan" and batch.draw >= int(DRAW):
+            (OUT / "fault-fired").write_text(FAULT)
+            batch.images[0, 0, 0, 0] = float("nan")
+        if RANK == WORLD_SIZE - 1 and FAULT == "nan-once" and batch.draw == int(DRAW):
+            (OUT / "fault-fired").write_text(FAULT)
+            batch.images[0, 0, 0, 0] = float("nan")
         if RANK == 1 and DRAW and batch.draw == int(DRAW):
             (OUT / "fault-fired").write_text(FAULT)
             if FAULT == "hang":
                 time.sleep(10_000)
-            if FAULT == "kill":
+            if FAULT == "kill" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             if FAULT == "corrupt":
                 with torch.no_grad():

@@ -12,6 +12,7 @@ from dist_gan.config import DCGANNetworks, ObjectiveSection, RunConfig, RunSecti
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
+from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
 from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
@@ -34,9 +35,10 @@ class Poisoned(ImageStream):
 
 
 def compare(runtime: Runtime, tensors: dict[str, torch.Tensor]) -> None:
-    with runtime.compared_replicas() as seen:
-        for name, tensor in tensors.items():
-            seen(name, tensor)
+    comparison = runtime.comparison()
+    for name, tensor in tensors.items():
+        comparison.add(name, tensor)
+    runtime.compare(comparison)
 
 
 def main(shards: str, out: Path) -> None:
@@ -60,11 +62,12 @@ def main(shards: str, out: Path) -> None:
         before = {n: t.clone() for n, t in discriminator.full_tensors() if not n.endswith("num_batches_tracked")}
         memory = {n: t.clone() for n, t in state.progress.memory.items()}
         updates = train_step(runtime, state, objective, draws, knobs_at(0, config=config), scalars, rules=rules)
+        actions(state.recovery, updates)
         after = dict(discriminator.full_tensors())
         applied.append([u.applied for u in updates])
         same_weights = all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("weights/"))
         unchanged.append([same_weights, all(torch.equal(t, state.progress.memory[n]) for n, t in memory.items())])
-    report |= {"applied": applied, "unchanged": unchanged, "skipped": state.progress.skipped}
+    report |= {"applied": applied, "unchanged": unchanged, "skipped": state.recovery.skipped}
     report["finite"] = all(
         bool(t.isfinite().all()) for part in state.parts().values() for t in (tensor for _, tensor in part.tensors()) if t.is_floating_point()
     )

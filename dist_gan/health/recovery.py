@@ -1,0 +1,113 @@
+"""What is done about a failure, within a budget. Its counters do not roll back with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from dist_gan.config import RecoverySection
+from dist_gan.runtime import Update
+from dist_gan.types import TensorFacts
+
+PLAYERS = ("discriminator", "generator")
+
+
+class Action(NamedTuple):
+    """What to do after a step: equal on every rank, since the norms that it is decided by are."""
+
+    kind: Literal["continue", "roll_back", "stop"]
+    reason: str = ""
+
+
+CONTINUE = Action("continue")
+
+
+class Recovery:
+    """Counts skipped updates, and says when the run has to go back or to end.
+
+    Args:
+        section: window and budget.
+    """
+
+    def __init__(self, section: RecoverySection) -> None:
+        self._section = section
+        self.rollbacks = 0
+        """Times that the run went back."""
+        self.skipped: dict[str, int] = dict.fromkeys(PLAYERS, 0)
+        """Updates that were skipped for a gradient that was not finite, since the start of the run."""
+        self._updates: dict[str, int] = dict.fromkeys(PLAYERS, 0)
+        self._recent: dict[str, list[int]] = {player: [] for player in PLAYERS}
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no update of the window was skipped."""
+        return not any(self._recent.values())
+
+    def watch(self, player: str, update: Update) -> Action:
+        """Takes note of an update."""
+        self._updates[player] += 1
+        recent = self._recent[player]
+        while recent and recent[0] <= self._updates[player] - self._section.window:
+            recent.pop(0)
+        if update.applied:
+            return CONTINUE
+        recent.append(self._updates[player])
+        self.skipped[player] += 1
+        if len(recent) < self._section.max_nonfinite:
+            return CONTINUE
+        found = (
+            f"{len(recent)} of the last {min(self._section.window, self._updates[player])} updates of the {player} had a "
+            f"gradient that is not finite, last in {update.culprit}"
+        )
+        if self.rollbacks < self._section.rollbacks:
+            return Action("roll_back", found)
+        return Action(
+            "stop",
+            f"{found}; the run has gone back {self.rollbacks} times (recovery.rollbacks), so starting again would not help: "
+            f"lower the learning rate, raise the penalties or set {'d' if player == PLAYERS[0] else 'g'}_optim.clip, in "
+            f"another run.dir",
+        )
+
+    def rolled_back(self) -> None:
+        """Spends one from the budget and begins a new window."""
+        self.rollbacks += 1
+        self._recent = {player: [] for player in PLAYERS}
+
+    # -- Stateful -------------------------------------------------------------------------------------------------
+
+    def table(self) -> dict[str, TensorFacts]:
+        """It has no tensors."""
+        return {}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """It has no tensors."""
+        return iter(())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """It has no tensors."""
+        assert not tensors
+
+    def values(self) -> dict[str, Any]:
+        """Counters and window."""
+        return {
+            "rollbacks": self.rollbacks, "skipped": dict(self.skipped), "updates": dict(self._updates),
+            "recent": {player: list(numbers) for player, numbers in self._recent.items()},
+        }  # fmt: skip
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Takes back what `values` gave."""
+        self.rollbacks = int(values["rollbacks"])
+        self.skipped, self._updates = dict(values["skipped"]), dict(values["updates"])
+        self._recent = {player: list(numbers) for player, numbers in values["recent"].items()}
+
+
+def actions(recovery: Recovery, updates: Sequence[Update]) -> Action:
+    """The gravest action that a step's updates call for: the discriminator's come first, the generator's last."""
+    found = CONTINUE
+    for index, update in enumerate(updates):
+        action = recovery.watch(PLAYERS[index == len(updates) - 1], update)
+        if action.kind == "stop" or found.kind == "continue":
+            found = action if action.kind != "continue" else found
+    return found

@@ -187,6 +187,8 @@ class Checkpointer:
             problem = str(error)
         except OSError as error:
             problem = f"cannot write {storage.redact(job.url)}: {storage.why(error)}"
+        except Exception as error:  # whatever it is, the other ranks wait for this one's word
+            problem = f"cannot write {storage.redact(job.url)}: {type(error).__name__}"
         files = runtime.gather_json({"problem": problem, "written": written}, writer=True)
         _raise_first([f["problem"] for f in files])
         problem = None
@@ -197,8 +199,13 @@ class Checkpointer:
                 problem = str(error)
             except OSError as error:
                 problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
+            except Exception as error:
+                problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
             if problem is None:
-                self._retire(job.url)
+                try:
+                    self._retire(job.url)
+                except Exception as error:  # a checkpoint too many is no reason to stop training
+                    print(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})", flush=True)
         _raise_first(runtime.gather_json(problem, writer=True))
 
     def _commit(self, job: _Job, files: list[Any]) -> None:

@@ -10,18 +10,24 @@ import errno
 import glob
 import os
 import posixpath
+import random
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from dist_gan.types import TrainingFailed, UserError
 
+Result = TypeVar("Result")
+PATIENCE_S = 120.0
+"""How long a store may stay silent before an operation on it fails; below every collective's timeout."""
+_TRANSIENT = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EBUSY, errno.EAGAIN)
 ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
 _SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
 _USER_AND_SECRET = re.compile(r"^[^/?#:]*:(?!\d*(?:[/?#]|$)).*@")
@@ -104,10 +110,47 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return filesystem, path
 
 
+def _patiently(url: str, operation: Callable[[], Result]) -> Result:
+    """Does something to a store, again and again while the store is merely not answering, for `PATIENCE_S` at most.
+
+    Waits grow from half a second to ten, each by chance between half and the whole, so that many ranks do not come
+    back at once. A disk of this machine is asked once.
+    """
+    if local_path(url) is not None:
+        return operation()
+    deadline, wait = time.monotonic() + PATIENCE_S, 0.5
+    while True:
+        try:
+            return operation()
+        except Exception as error:
+            if not _is_transient(error) or time.monotonic() + wait > deadline:
+                raise
+        time.sleep(wait * random.uniform(0.5, 1.0))
+        wait = min(10.0, 2 * wait)
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: no answer, a broken connection, an overloaded server."""
+    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno in _TRANSIENT:
+        return True
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status == 429
+    origin = type(error).__module__.split(".")[0]
+    if origin in ("aiohttp", "botocore", "aiobotocore", "requests", "urllib3"):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and cause is not error and _is_transient(cause)
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = _filesystem(url)
-    return bool(filesystem.exists(path))
+    return bool(_patiently(url, lambda: filesystem.exists(path)))
 
 
 def size(url: str) -> int:
@@ -121,7 +164,7 @@ def list_names(url: str) -> list[str]:
     filesystem, path = _filesystem(url)
     filesystem.invalidate_cache()
     try:
-        entries = filesystem.ls(path, detail=False)
+        entries = _patiently(url, lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name for name in (posixpath.basename(str(e).rstrip("/")) for e in entries) if name)
@@ -159,13 +202,15 @@ def _size_or_none(url: str) -> int | None:
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes [start, end) of a file, all of it by default."""
     filesystem, path = _filesystem(url)
-    return bytes(filesystem.cat_file(path, start=start, end=end))
+    return bytes(_patiently(url, lambda: filesystem.cat_file(path, start=start, end=end)))
 
 
 def make_folder(url: str) -> None:
     """Makes a folder and its parents; object stores have none and do nothing."""
-    filesystem, path = _filesystem(url)
-    filesystem.makedirs(path, exist_ok=True)
+    check_url(url, place="url")
+    if scheme_of(url) in ("file", "memory"):
+        filesystem, path = _filesystem(url)
+        filesystem.makedirs(path, exist_ok=True)
 
 
 def publish(url: str, data: bytes | memoryview) -> None:
@@ -183,14 +228,21 @@ def publish(url: str, data: bytes | memoryview) -> None:
             _publish_local(local, data)
             return
         filesystem, path = _filesystem(url)
-        filesystem.pipe_file(path, bytes(data))
+        _patiently(url, lambda: filesystem.pipe_file(path, bytes(data)))
         filesystem.invalidate_cache()
-        written = int(filesystem.size(path))
+        written = int(_patiently(url, lambda: filesystem.size(path)))
         if written != len(data):
             filesystem.rm_file(path)
             raise OSError(errno.EIO, f"{written} of {len(data)} bytes arrived")
     except OSError as error:
         raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {_reason(error)}") from error
+    except Exception as error:
+        if not _is_transient(error):
+            raise
+        raise TrainingFailed(
+            f"cannot write {redact(url)} ({len(data):,} bytes): the store has not answered for {PATIENCE_S:.0f} s "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _publish_local(path: Path, data: bytes | memoryview) -> None:

@@ -22,6 +22,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
@@ -55,6 +57,8 @@ class Runtime:
         self._set_threads()
         on_cpu = section.device == "cpu" or not torch.cuda.is_available()
         timeout = timedelta(seconds=section.start_timeout_s)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _join(on_cpu=on_cpu, timeout=timeout)
         if launch.zero_stage is None:
             handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
             # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
@@ -324,6 +328,19 @@ class Runtime:
             self._heartbeat.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(*, on_cpu: bool, timeout: timedelta) -> None:
+    """Makes the training group, as accelerate would, but apart from what an earlier attempt has left in the store.
+
+    Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
+    """
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    apart = PrefixStore(f"dist_gan/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
+    dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:

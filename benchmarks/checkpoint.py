@@ -1,0 +1,151 @@
+"""What a checkpoint costs: how long training stands still, how soon it is safe, beside what others do with the same state.
+
+    python benchmarks/checkpoint.py [--json] [--mib 512] [--rounds 7] [--folder DIR]
+
+One process, the same state, rounds that alternate between ours, `accelerate.save_state`, `torch.save`, and a plain copy of
+as many bytes on the same disk (read, written, fsynced). A step is one of our own training steps of the same networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.overhead import Pool
+from dist_gan.checkpoint import Checkpointer
+from dist_gan.config import CheckpointSection
+from dist_gan.config_reader import load_config
+from dist_gan.draws import Draws
+from dist_gan.models import build_networks
+from dist_gan.runtime import Launch, Runtime
+from dist_gan.scalars import ScalarMeans
+from dist_gan.schedules import knobs_at
+from dist_gan.step import train_step
+from dist_gan.trainer import new_state
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def width_for(mib: int) -> int:
+    """Channels of a DCGAN pair whose whole state takes about `mib`: 3.5 copies of what grows with the square of it."""
+    return max(16, round(64 * (mib / 24.5) ** 0.5 / 8) * 8)
+
+
+def plain_copy(source: Path, folder: Path) -> float:
+    """Seconds to copy a file and make it durable."""
+    began = time.perf_counter()
+    with open(source, "rb") as read, open(folder / "copy", "wb") as write:
+        shutil.copyfileobj(read, write, 2**24)
+        write.flush()
+        os.fsync(write.fileno())
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--mib", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    options = parser.parse_args()
+    width = width_for(options.mib)
+    overrides = [f"networks.g_width={width}", f"networks.d_width={width}", "run.batch=8", "data.url=unused"]
+    config = load_config(ROOT / "configs" / "dcgan-cifar10.yaml", [*overrides, "runtime.precision=fp32"])
+    runtime = Runtime(config.runtime, Launch())
+    draws = Draws(0, device=runtime.device)
+    pool = Pool(torch.rand(64, 3, 32, 32, device=runtime.device) * 2 - 1, 8)
+    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=0), pool)
+
+    def step() -> float:
+        began = time.perf_counter()
+        knobs = knobs_at(state.progress.images, config=config)
+        train_step(runtime, state, objective, draws, knobs, ScalarMeans(), rules=rules)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    step()
+    accelerator = runtime._accelerators["both"]
+    accelerator._models = [state.generator.module, state.discriminator.module, state.ema.module]
+    accelerator._optimizers = [state.generator.optimizer, state.discriminator.optimizer]  # type: ignore[attr-defined]
+    times: dict[str, list[float]] = {
+        name: [] for name in ("step", "step_in_flight", "blocked", "durable", "save_state", "torch_save", "copy")
+    }
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        checkpointer = Checkpointer(
+            str(folder / "ours"), runtime=runtime, section=CheckpointSection(), facts={"config": ""}
+        )
+        size = 0
+        for turn in range(options.rounds + 1):
+            quiet = [step() for _ in range(3)]
+            checkpointer.save(turn, state.parts())
+            busy = []
+            while checkpointer._thread is not None and checkpointer._thread.is_alive():
+                busy.append(step())
+            checkpointer.drain()
+            (written,) = checkpointer.finished()
+            (file,) = Path(written.url).glob("data-*")
+            size = file.stat().st_size
+            copied = plain_copy(file, folder)
+            began = time.perf_counter()
+            accelerator.save_state(str(folder / "accelerate"))
+            saved = time.perf_counter() - began
+            began = time.perf_counter()
+            everything = {p: dict(part.tensors()) for p, part in state.parts().items()}
+            torch.save(everything, folder / "torch.pt")
+            torch_saved = time.perf_counter() - began
+            if turn == 0:
+                continue  # buffers and caches are new
+            times["step"] += quiet
+            times["step_in_flight"] += busy[:-1] or busy
+            for key, value in (
+                ("blocked", written.blocked_s), ("durable", written.durable_s), ("copy", copied),
+                ("save_state", saved), ("torch_save", torch_saved),
+            ):  # fmt: skip
+                times[key].append(value)
+    median = {name: statistics.median(values) for name, values in times.items() if values}
+    background = [d - b for d, b in zip(times["durable"], times["blocked"], strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"row": name, "median_s": round(value, 4), "count": len(times[name])} for name, value in median.items()
+    ]
+    if not options.json:
+        for row in rows:
+            print(row)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    print(json.dumps({
+        "benchmark": "checkpoint",
+        "commit": commit.stdout.strip(),
+        "machine": {"cores": os.cpu_count(), "torch": torch.__version__, "device": str(runtime.device)},
+        "rows": rows,
+        "summary": {
+            "bytes": size,
+            "blocked_s": round(median["blocked"], 4),
+            "blocked_steps": round(median["blocked"] / median["step"], 3),
+            "blocked_vs_save_state": round(median["blocked"] / median["save_state"], 4),
+            "durable_s": round(median["durable"], 3),
+            "throughput_vs_copy": round(
+                statistics.median(c / b for c, b in zip(times["copy"], background, strict=True)), 3
+            ),
+            "slow_down_in_flight": round(median.get("step_in_flight", median["step"]) / median["step"], 3),
+        },
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,8 @@
     python benchmarks/checkpoint.py [--json] [--mib 512] [--rounds 7] [--folder DIR]
 
 One process, the same state, rounds that alternate between ours, `accelerate.save_state`, `torch.save`, and a plain copy of
-as many bytes on the same disk (read, written, fsynced). A step is one of our own training steps of the same networks.
+as many bytes on the same disk (read, written, fsynced). A step is one of our own training steps of the same networks. Ours
+and the copy are timed twice a round: with nothing beside them, and while training steps go on (`..._in_training`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,23 @@ def plain_copy(source: Path, folder: Path) -> float:
     return time.perf_counter() - began
 
 
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the rounds' own ratios."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+class InBackground:
+    """A plain copy in a thread, to be timed while steps go on."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.seconds = 0.0
+        self.thread = threading.Thread(target=self._run, args=(source, folder))
+        self.thread.start()
+
+    def _run(self, source: Path, folder: Path) -> None:
+        self.seconds = plain_copy(source, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
@@ -82,8 +101,12 @@ def main() -> None:
     accelerator._models = [state.generator.module, state.discriminator.module, state.ema.module]
     accelerator._optimizers = [state.generator.optimizer, state.discriminator.optimizer]  # type: ignore[attr-defined]
     times: dict[str, list[float]] = {
-        name: [] for name in ("step", "step_in_flight", "blocked", "durable", "save_state", "torch_save", "copy")
-    }
+        name: []
+        for name in (
+            "step", "blocked", "durable", "copy", "save_state", "torch_save",
+            "step_in_flight", "durable_in_training", "step_beside_copy", "copy_in_training",
+        )
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         checkpointer = Checkpointer(
@@ -93,14 +116,20 @@ def main() -> None:
         for turn in range(options.rounds + 1):
             quiet = [step() for _ in range(3)]
             checkpointer.save(turn, state.parts())
-            busy = []
-            while checkpointer._thread is not None and checkpointer._thread.is_alive():
-                busy.append(step())
             checkpointer.drain()
             (written,) = checkpointer.finished()
             (file,) = Path(written.url).glob("data-*")
             size = file.stat().st_size
             copied = plain_copy(file, folder)
+            checkpointer.save(turn, state.parts())
+            in_flight = []
+            while checkpointer._thread is not None and checkpointer._thread.is_alive():
+                in_flight.append(step())
+            checkpointer.drain()
+            (in_training,) = checkpointer.finished()
+            copy, beside_copy = InBackground(file, folder), []
+            while copy.thread.is_alive():
+                beside_copy.append(step())
             began = time.perf_counter()
             accelerator.save_state(str(folder / "accelerate"))
             saved = time.perf_counter() - began
@@ -111,14 +140,15 @@ def main() -> None:
             if turn == 0:
                 continue  # buffers and caches are new
             times["step"] += quiet
-            times["step_in_flight"] += busy[:-1] or busy
+            times["step_in_flight"] += in_flight
+            times["step_beside_copy"] += beside_copy
             for key, value in (
                 ("blocked", written.blocked_s), ("durable", written.durable_s), ("copy", copied),
+                ("durable_in_training", in_training.durable_s), ("copy_in_training", copy.seconds),
                 ("save_state", saved), ("torch_save", torch_saved),
             ):  # fmt: skip
                 times[key].append(value)
     median = {name: statistics.median(values) for name, values in times.items() if values}
-    background = [d - b for d, b in zip(times["durable"], times["blocked"], strict=True)]
     rows: list[dict[str, Any]] = [
         {"row": name, "median_s": round(value, 4), "count": len(times[name])} for name, value in median.items()
     ]
@@ -139,10 +169,10 @@ def main() -> None:
             "blocked_steps": round(median["blocked"] / median["step"], 3),
             "blocked_vs_save_state": round(median["blocked"] / median["save_state"], 4),
             "durable_s": round(median["durable"], 3),
-            "throughput_vs_copy": round(
-                statistics.median(c / b for c, b in zip(times["copy"], background, strict=True)), 3
-            ),
-            "slow_down_in_flight": round(median.get("step_in_flight", median["step"]) / median["step"], 3),
+            "throughput_vs_copy": ratio(times["copy"], times["durable"]),
+            "throughput_vs_copy_in_training": ratio(times["copy_in_training"], times["durable_in_training"]),
+            "slow_down_in_flight": round(median["step_in_flight"] / median["step"], 3),
+            "slow_down_beside_copy": round(median["step_beside_copy"] / median["step"], 3),
         },
     }))  # fmt: skip
 

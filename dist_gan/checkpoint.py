@@ -166,8 +166,9 @@ class Checkpointer:
     def _run(self, job: _Job, buffer: FileBuffer) -> None:
         try:
             self._write(job, buffer)
-            durable_s = time.perf_counter() - job.began
-            self._written.append(Written(job.url, job.images, job.blocked_s, durable_s))
+            self._written.append(Written(job.url, job.images, job.blocked_s, time.perf_counter() - job.began))
+            if self._runtime.is_main:
+                self._clear_away(job.url)
         except BaseException as error:  # is raised by `drain`, on the training thread
             self._problem = error
 
@@ -201,11 +202,6 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
             except Exception as error:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
-            if problem is None:
-                try:
-                    self._retire(job.url)
-                except Exception as error:  # a checkpoint too many is no reason to stop training
-                    print(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})", flush=True)
         _raise_first(runtime.gather_json(problem, writer=True))
 
     def _commit(self, job: _Job, files: list[Any]) -> None:
@@ -229,6 +225,12 @@ class Checkpointer:
         storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
     # -- retention ------------------------------------------------------------------------------------------------
+
+    def _clear_away(self, newest: str) -> None:
+        try:
+            self._retire(newest)
+        except Exception as error:  # a checkpoint too many is no reason to stop training
+            print(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})", flush=True)
 
     def _retire(self, newest: str) -> None:
         """Deletes what nobody asked to keep, once the newest is known to be whole; a failure to delete is no failure."""

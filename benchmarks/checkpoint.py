@@ -47,7 +47,8 @@ def width_for(mib: int) -> int:
 
 
 def plain_copy(source: Path, folder: Path) -> float:
-    """Seconds to copy a file and make it durable."""
+    """Seconds to copy a file to a new one and make that durable."""
+    (folder / "copy").unlink(missing_ok=True)
     began = time.perf_counter()
     with open(source, "rb") as read, open(folder / "copy", "wb") as write:
         shutil.copyfileobj(read, write, 2**24)
@@ -114,19 +115,23 @@ def main() -> None:
         )
         size = 0
         for turn in range(options.rounds + 1):
+            os.sync()  # what the others have left unwritten is not to be waited for by our fsync
             quiet = [step() for _ in range(3)]
             checkpointer.save(turn, state.parts())
             checkpointer.drain()
             (written,) = checkpointer.finished()
             (file,) = Path(written.url).glob("data-*")
             size = file.stat().st_size
+            os.sync()
             copied = plain_copy(file, folder)
+            os.sync()
             checkpointer.save(turn, state.parts())
             in_flight = []
             while checkpointer._thread is not None and checkpointer._thread.is_alive():
                 in_flight.append(step())
             checkpointer.drain()
             (in_training,) = checkpointer.finished()
+            os.sync()
             copy, beside_copy = InBackground(file, folder), []
             while copy.thread.is_alive():
                 beside_copy.append(step())

@@ -26,6 +26,8 @@ from dist_gan.types import UserError
 FORMAT = "dist_gan.checkpoint"
 VERSION = 1
 COMMIT, HEALTHY, ABANDONED = "COMMIT", "HEALTHY", "ABANDONED"
+_PART = 2**24
+"""Bytes of a file that are held at a time while it is verified."""
 _FILE = re.compile(r"data-\d{5,}-of-\d{5,}\.safetensors")
 _NAME = re.compile(r"checkpoint-(\d{4,})-(\d{12,})")
 
@@ -64,9 +66,11 @@ def verify(url: str) -> list[str]:
         return [str(error)]
     problems = []
     for name, facts in manifest["files"].items():
+        place = f"{storage.redact(url)}/{name}"
         try:
-            data = _checked_file(url, name, facts)
-            tensorfile.from_bytes(data, name=f"{storage.redact(url)}/{name}")
+            head, size, digest = _digest(storage.join(url, name), place)
+            _compare(size, digest, facts, place)
+            tensorfile.check_head(head, size=size, name=place)
         except (UserError, ValueError) as error:
             problems.append(str(error))
     return problems
@@ -130,13 +134,29 @@ def _checked_file(url: str, name: str, facts: Mapping[str, Any]) -> bytes:
         data = storage.read(storage.join(url, name))
     except FileNotFoundError as error:
         raise UserError(f"{place} is missing; take another checkpoint") from error
-    if len(data) != facts["bytes"]:
-        raise UserError(
-            f"{place} is damaged: {len(data):,} bytes instead of {facts['bytes']:,}; take another checkpoint"
-        )
-    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise UserError(f"{place} is damaged: its bytes do not have the hash in the manifest; take another checkpoint")
+    _compare(len(data), hashlib.sha256(data).hexdigest(), facts, place)
     return data
+
+
+def _digest(url: str, place: str) -> tuple[bytes, int, str]:
+    """First bytes, size and sha256 of a file that need not fit into memory."""
+    digest, size, head = hashlib.sha256(), 0, b""
+    try:
+        end = storage.size(url)
+        while size < end and (part := storage.read(url, size, min(end, size + _PART))):
+            head = head or part
+            digest.update(part)
+            size += len(part)
+    except FileNotFoundError as error:
+        raise UserError(f"{place} is missing; take another checkpoint") from error
+    return head, size, digest.hexdigest()
+
+
+def _compare(size: int, digest: str, facts: Mapping[str, Any], place: str) -> None:
+    if size != facts["bytes"]:
+        raise UserError(f"{place} is damaged: {size:,} bytes instead of {facts['bytes']:,}; take another checkpoint")
+    if digest != facts["sha256"]:
+        raise UserError(f"{place} is damaged: its bytes do not have the hash in the manifest; take another checkpoint")
 
 
 def listed(folder: str) -> list[tuple[int, str]]:

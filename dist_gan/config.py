@@ -121,10 +121,24 @@ class DataOrder(Section):
     """Logical readers that the order is dealt over; at least one for each process."""
     block: Annotated[Count, Field(ge=1)] = 64
     """Neighbouring images of a shard that are read at once and shuffled together."""
+    balance: bool = False
+    """Draw every class equally often, however many images it has."""
     prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
     """Batches decoded ahead of need."""
+    workers: Annotated[Count, Field(ge=1, le=256)] = 2
+    """Threads of a process that decode."""
+    readers: Annotated[Count, Field(ge=1, le=256)] = 8
+    """Threads of a process that wait for the store."""
+    memory: Annotated[Count, Field(ge=2**20)] = 2**29
+    """Bytes of image files that a process may hold; where the blocks of all lanes do not fit, images are read singly."""
     cache: Annotated[Count, Field(ge=0)] = 2**28
     """Bytes that a process may keep decoded; a data set that fits is decoded once, any other at every pass."""
+    verify: bool = True
+    """Compare every image file with the manifest's CRC-32, where it has one."""
+    bad_images: Literal["substitute", "fail"] = "substitute"
+    """What becomes of an image that is damaged: the next sound one in its shard takes its place, or the run ends."""
+    max_bad: Annotated[Real, Field(ge=0, le=1)] = 1e-3
+    """Share of the images that may be substituted before the run ends; one is always allowed."""
 
 
 class ShapesData(DataOrder):
@@ -143,6 +157,21 @@ class ShardsData(DataOrder):
     """Images from shards."""
     url: Annotated[str, Field(min_length=1)]
     """Folder of the shards: a path, or a URL of an allowed scheme."""
+    weight: Annotated[Count, Field(ge=1, le=10_000)] = 1
+    """Share of `url` in a mixture."""
+    mix: dict[str, Annotated[Count, Field(ge=1, le=10_000)]] = Field(default_factory=dict)
+    """Further folders of shards and their weights: of every `weight` + sum of these images each gives exactly its own."""
+    patience_s: Annotated[Count, Field(ge=1, le=3600)] = 120
+    """Seconds that the store may stay silent before the run ends."""
+    disk_cache: str = ""
+    """Local folder in which what was read is kept, for all processes of a machine; empty for none."""
+    disk_cache_bytes: Annotated[Count, Field(ge=2**20)] = 2**36
+    """Bytes that the folder may take; what was not used for longest goes first."""
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Weight of each folder of shards."""
+        return {self.url: self.weight} | self.mix
 
 
 class PointsData(Section):

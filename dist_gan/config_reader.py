@@ -44,8 +44,18 @@ _RESUMABLE_CHANGES = (
     "run.dir",
     "run.profile",
     "data.url",
+    "data.mix",
     "data.prefetch",
+    "data.workers",
+    "data.readers",
+    "data.memory",
     "data.cache",
+    "data.verify",
+    "data.bad_images",
+    "data.max_bad",
+    "data.patience_s",
+    "data.disk_cache",
+    "data.disk_cache_bytes",
     "log",
     "checkpoint",
     "runtime",
@@ -330,10 +340,31 @@ def _cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tupl
             )
         )
     if isinstance(data, ShardsData):
-        try:
-            storage.check_url(data.url, place="data.url")
-        except UserError as error:
-            found.append((("data.url",), str(error)))
+        for place, url in [("data.url", data.url), *(("data.mix", url) for url in data.mix)]:
+            try:
+                storage.check_url(url, place=place)
+            except UserError as error:
+                found.append(((place,), str(error)))
+        if data.url in data.mix:
+            found.append(
+                (("data.mix",), f"data.mix: {storage.redact(data.url)!r} is data.url too; give it data.weight")
+            )
+        if data.patience_s >= config.runtime.step_timeout_s:
+            found.append(
+                (
+                    ("data.patience_s", "runtime.step_timeout_s"),
+                    f"data.patience_s: {data.patience_s} s, but a rank that does nothing for "
+                    f"runtime.step_timeout_s={config.runtime.step_timeout_s} is taken for dead; be less patient with stores, or "
+                    f"more with ranks",
+                )
+            )
+        if data.disk_cache and storage.scheme_of(data.disk_cache) != "file":
+            found.append(
+                (
+                    ("data.disk_cache",),
+                    f"data.disk_cache: {storage.redact(data.disk_cache)!r} is no local folder; give a path on a disk",
+                )
+            )
     if not run.dir or storage.scheme_of(run.dir) != "file":
         found.append(
             (

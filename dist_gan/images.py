@@ -1,4 +1,4 @@
-"""The only importer of Pillow: pictures as bytes become arrays of one shape, and arrays become PNG files.
+"""The only importer of Pillow and simplejpeg: pictures as bytes become arrays of one shape, and arrays become PNG files.
 
 Rules, the same wherever a picture comes from:
 
@@ -10,6 +10,9 @@ Rules, the same wherever a picture comes from:
 - Of an animation or a multi-picture file the first picture is taken.
 - More than 2**26 pixels are refused before anything is decompressed.
 - Pixels are averaged as stored (no linear light).
+
+Plain JPEG files are decoded by simplejpeg, in half of Pillow's time and to the same bytes; whatever it does not like is
+Pillow's to judge.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -32,6 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File name endings that are taken for pictures, in lower case."""
 
+_CHANNELS_OF_JPEG = {"Gray": 1, "YCbCr": 3}
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _WIDE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 _ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
@@ -72,13 +77,22 @@ class Picture(NamedTuple):
     """`jpg` or `png` if every decoder gets these pixels from the file, None if one of the rules was needed."""
 
 
-def decode(data: bytes, *, name: str) -> Pixels:
+def decode(data: bytes, *, name: str, out: Pixels | None = None, reduce_to: int | None = None) -> Pixels:
     """Pixels of a picture file, HWC uint8 with 1 or 3 channels, by the module's rules; may be read-only.
+
+    Args:
+        data: the file.
+        name: of the picture, for errors.
+        out: place for the pixels of a picture that has its shape, HWC; then it is what is returned.
+        reduce_to: side that the picture is going to be brought to. A JPEG of four times that or more is decoded at a
+            half, a quarter or an eighth of its size, to no less than twice the side; the pixels then differ a little
+            from those of the whole picture, averaged.
 
     Raises:
         BadImage: not a picture, cut off, damaged, too large, or of a kind that has no rule.
     """
-    return examine(data, name=name).pixels
+    pixels = _decode_plain_jpeg(data, name=name, out=out, reduce_to=reduce_to)
+    return examine(data, name=name).pixels if pixels is None else pixels
 
 
 def examine(data: bytes, *, name: str) -> Picture:
@@ -202,9 +216,42 @@ def write_png(path: str, image: Pixels) -> None:
     storage.publish(path, encode_png(image))
 
 
+def _decode_plain_jpeg(data: bytes, *, name: str, out: Pixels | None, reduce_to: int | None) -> Pixels | None:
+    """As `decode`, or None for what needs one of the rules, or may be damaged."""
+    if data[:2] != b"\xff\xd8" or b"Exif\0\0" in data or b"ns.adobe.com/xap" in data:
+        return None
+    try:
+        height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise _too_large(name, width=width, height=height)
+        if stored not in _CHANNELS_OF_JPEG:
+            return None
+        smallest = 0
+        if reduce_to is not None and min(height, width) >= 4 * reduce_to:
+            smallest = 2 * reduce_to
+        elif out is None or out.shape != (height, width, _CHANNELS_OF_JPEG[stored]):
+            out = None
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data,
+            "GRAY" if stored == "Gray" else "RGB",
+            min_height=smallest,
+            min_width=smallest,
+            buffer=None if smallest else out,
+        )
+    except BadImage:
+        raise
+    except ValueError:
+        return None
+    return pixels
+
+
+def _too_large(name: str, *, width: int, height: int) -> BadImage:
+    return BadImage(name, f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
+
+
 def _check_size(image: Image.Image, *, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(name, f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+        raise _too_large(name, width=image.width, height=image.height)
 
 
 def _reason(error: Exception, data: bytes | None) -> str:

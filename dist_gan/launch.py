@@ -8,6 +8,7 @@ import os
 import platform
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from dist_gan import storage
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import to_yaml
+from dist_gan.data import Stage
 from dist_gan.data.embedded import prepare_data
 from dist_gan.run_folder import OUTCOME, RunFolder, refuse, write_outcome
 from dist_gan.runtime import Runtime, StopRequest, read_launch
@@ -25,7 +27,7 @@ FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
     """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
 
     75 says that the run was asked to stop, has saved itself, and wants to be started again. A launcher that restarts
@@ -33,6 +35,10 @@ def run(config: RunConfig) -> int:
 
     Rank 0 makes every check that needs no other rank before there is a process group; the others wait for it in the
     rendezvous, and the launcher ends them if it leaves.
+
+    Args:
+        config: every setting.
+        stages: a user's own steps between decoding and batching; docs/data.md has an example.
     """
     folder: RunFolder | None = None
     runtime: Runtime | None = None
@@ -46,12 +52,13 @@ def run(config: RunConfig) -> int:
                 say(str(error))
                 refuse(Path(config.run.dir), reason=str(error))
                 return CONFIGURATION_WRONG
-            prepare_data(config)
+            for note in prepare_data(config):
+                say(note)
         else:
             launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
         runtime = Runtime(config.runtime, launched, on_lost=lambda reason: _lost(config, folder, reason))
         stop = StopRequest()
-        end = _train(config, runtime, folder, stop)
+        end = _train(config, runtime, folder, stop, stages)
         code = FINISHED if end.stopped_by is None else PREEMPTED
         if folder is not None:
             outcome = "finished" if end.stopped_by is None else "preempted"
@@ -90,10 +97,12 @@ def _lost(config: RunConfig, folder: RunFolder | None, reason: str) -> None:
     _leave(config, folder, "crashed", code=CRASHED, reason=f"{reason}; start the same command again to resume")
 
 
-def _train(config: RunConfig, runtime: Runtime, folder: RunFolder | None, stop: StopRequest) -> End:
+def _train(
+    config: RunConfig, runtime: Runtime, folder: RunFolder | None, stop: StopRequest, stages: Sequence[Stage]
+) -> End:
     _refuse_strangers(config, runtime)
     attempt = runtime.share_json(folder.attempt if folder else None)
-    parts = build(config, runtime, stop, attempt=attempt)
+    parts = build(config, runtime, stop, attempt=attempt, stages=stages)
     try:
         return fit(parts)
     finally:

@@ -16,7 +16,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from io import FileIO
 from pathlib import Path
+from threading import Event
 from typing import BinaryIO, TypeVar, cast
 
 import fsspec
@@ -28,7 +30,13 @@ Result = TypeVar("Result")
 PATIENCE_S = 120.0
 """How long a store may stay silent before an operation on it fails; below every collective's timeout."""
 _TRANSIENT = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EBUSY, errno.EAGAIN)
+_PART = 2**23
+"""Bytes of one request; what a broken one costs."""
+_WRITTEN_AT_ONCE = 2**25
+"""Bytes of a local file that are in the page cache at a time while it is being written."""
 ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
+_EXTRAS = {"s3": "s3", "gs": "gs", "az": "azure", "abfs": "azure", "http": "http", "https": "http", "hf": "hf"}
+"""What to install for a scheme."""
 _SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
 _USER_AND_SECRET = re.compile(r"^[^/?#:]*:(?!\d*(?:[/?#]|$)).*@")
 """Up to the last @, for a secret may hold any sign; a port is no secret."""
@@ -104,29 +112,53 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         filesystem, path = url_to_fs(url)
     except ImportError as error:
         raise UserError(
-            f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed ({error}); "
-            f"for s3 run: pip install 'dist-gan[s3]'"
+            f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed; "
+            f"run: pip install 'dist-gan[{_EXTRAS[scheme_of(url)]}]'"
         ) from error
     return filesystem, path
 
 
-def _patiently(url: str, operation: Callable[[], Result]) -> Result:
-    """Does something to a store, again and again while the store is merely not answering, for `PATIENCE_S` at most.
+class Patience:
+    """How long a store may stay silent before an operation on it fails, and how often it was asked again.
 
-    Waits grow from half a second to ten, each by chance between half and the whole, so that many ranks do not come
-    back at once. A disk of this machine is asked once.
+    Args:
+        seconds: for one operation, from its first failure on; `PATIENCE_S` by default.
     """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = PATIENCE_S if seconds is None else seconds
+        self.retries = 0
+        self._over = Event()
+
+    def give_up(self) -> None:
+        """Ends all waiting: what fails from now on is not asked for again."""
+        self._over.set()
+
+    def wait(self, number: int, since: float, error: Exception) -> None:
+        """Sleeps before try `number` + 1 of an operation that began at `since`, or raises its error.
+
+        Waits grow from half a second to ten, each by chance between half and the whole, so that many ranks do not
+        come back at once.
+        """
+        longest = min(10.0, 0.5 * 2**number)
+        if not _is_transient(error) or time.monotonic() + longest > since + self.seconds:
+            raise error
+        self.retries += 1
+        if self._over.wait(longest * random.uniform(0.5, 1.0)):
+            raise error
+
+
+def _patiently(url: str, operation: Callable[[], Result], patience: Patience | None = None) -> Result:
+    """Does something to a store, again and again while it is merely not answering. A disk of this machine is asked once."""
     if local_path(url) is not None:
         return operation()
-    deadline, wait = time.monotonic() + PATIENCE_S, 0.5
+    patience, began, number = patience or Patience(), time.monotonic(), 0
     while True:
         try:
             return operation()
         except Exception as error:
-            if not _is_transient(error) or time.monotonic() + wait > deadline:
-                raise
-        time.sleep(wait * random.uniform(0.5, 1.0))
-        wait = min(10.0, 2 * wait)
+            patience.wait(number, began, error)
+        number += 1
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -156,7 +188,7 @@ def exists(url: str) -> bool:
 def size(url: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     filesystem, path = _filesystem(url)
-    return int(filesystem.size(path))
+    return int(_patiently(url, lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
@@ -205,6 +237,40 @@ def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
     return bytes(_patiently(url, lambda: filesystem.cat_file(path, start=start, end=end)))
 
 
+def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
+    """Bytes [start, end) of a file, in parts; fewer only if the file really ends before.
+
+    What has arrived is kept: a part that failed, or came short though the file is long enough, is asked for again from
+    where it broke off.
+
+    Raises:
+        OSError and what the store's client raises: it has no such file, refuses, or has been silent for too long.
+    """
+    filesystem, path = _filesystem(url)
+    parts: list[bytes] = []
+    at, began, number = start, time.monotonic(), 0
+    while at < end:
+        until = min(end, at + _PART)
+        try:
+            part = bytes(filesystem.cat_file(path, start=at, end=until))
+            if len(part) > until - at:
+                raise ConnectionError(f"{len(part):,} bytes came for {until - at:,}")
+            parts.append(part)
+            at += len(part)
+            if at < until:
+                filesystem.invalidate_cache()
+                if int(filesystem.size(path)) <= at:
+                    break
+                raise ConnectionError(f"{len(part):,} of {until - at + len(part):,} bytes came")
+            began, number = time.monotonic(), 0
+        except Exception as error:
+            if local_path(url) is not None:
+                raise
+            patience.wait(number, began, error)
+            number += 1
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def make_folder(url: str) -> None:
     """Makes a folder and its parents; object stores have none and do nothing."""
     check_url(url, place="url")
@@ -248,15 +314,29 @@ def publish(url: str, data: bytes | memoryview) -> None:
 def _publish_local(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary, "wb", buffering=0) as file:
+            _write_through(file, memoryview(data))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _write_through(file: FileIO, data: memoryview) -> None:
+    """Writes to the disk in parts and lets the page cache forget each: what is written once must not push out images.
+
+    It is faster, too, where memory that was not used before has to be found for all of a large file.
+    """
+    at = 0
+    while at < len(data):
+        begin = at
+        while at < min(len(data), begin + _WRITTEN_AT_ONCE):
+            at += file.write(data[at : begin + _WRITTEN_AT_ONCE])
+        if len(data) > _WRITTEN_AT_ONCE and hasattr(os, "posix_fadvise"):
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), begin, at - begin, os.POSIX_FADV_DONTNEED)
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -42,6 +42,22 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{name} is no safetensors file ({error})") from error
 
 
+def check_head(head: bytes, *, size: int, name: str) -> None:
+    """Whether the first bytes of a file announce tensors that fill it exactly.
+
+    Raises:
+        ValueError: they do not; `name` says which file.
+    """
+    length = int.from_bytes(head[:8], "little")
+    try:
+        entries = json.loads(head[8 : 8 + length]) if 8 + length <= min(size, len(head)) else None
+        ends = [e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"] if entries else []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is no safetensors file ({error})") from error
+    if entries is None or 8 + length + max(ends, default=0) != size:
+        raise ValueError(f"{name} is no safetensors file (its header does not fit its size)")
+
+
 class FileBuffer:
     """A safetensors file in memory that tensors are copied into.
 

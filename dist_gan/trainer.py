@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ from dist_gan import __version__, storage
 from dist_gan.checkpoint import Checkpointer
 from dist_gan.config import PointsData, RunConfig, ShapesData
 from dist_gan.config_reader import config_hash, to_yaml
-from dist_gan.data import ImageStream, PointStream, Stream
-from dist_gan.data.embedded import data_url
+from dist_gan.data import Damage, ImageStream, PointStream, Source, Stage, Stream
+from dist_gan.data.embedded import data_sources
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
@@ -31,6 +32,10 @@ from dist_gan.types import Networks, Scalars, TrainingFailed
 
 MODE_SAMPLES = 5_000
 """Samples that the modes of the embedded data set are counted in."""
+
+
+DAMAGE_SHOWN = 10
+"""Damaged images that a line is printed for at a time; events.jsonl has them all, and data.max_bad limits them."""
 
 
 class Run(NamedTuple):
@@ -59,7 +64,7 @@ class End(NamedTuple):
     """URL of its last checkpoint."""
 
 
-def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: int) -> Run:
+def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: int, stages: Sequence[Stage] = ()) -> Run:
     """Makes every part, in the order of the house, and puts the newest checkpoint into them.
 
     Raises:
@@ -67,7 +72,7 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     """
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
     networks = build_networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
-    state, objective, rules = new_state(config, runtime, networks, _stream(config, runtime, draws))
+    state, objective, rules = new_state(config, runtime, networks, _stream(config, runtime, draws, stages))
     checkpointer = Checkpointer(
         storage.join(config.run.dir, "checkpoints"),
         runtime=runtime,
@@ -132,16 +137,14 @@ def new_state(
     return state, objective, rules
 
 
-def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
+def _stream(config: RunConfig, runtime: Runtime, draws: Draws, stages: Sequence[Stage]) -> Stream:
     slots, classes = runtime.slots(config.run.batch), config.networks.classes
     if isinstance(config.data, PointsData):
         return PointStream(config.data, classes=classes, slots=slots, draws=draws)
     networks = config.networks
     assert networks.kind != "mlp"
-    url = data_url(config)
     return ImageStream(
-        url,
-        read_manifest(url),
+        [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()],
         section=config.data,
         resolution=networks.resolution,
         channels=networks.channels,
@@ -149,6 +152,7 @@ def _stream(config: RunConfig, runtime: Runtime, draws: Draws) -> Stream:
         batch=config.run.batch,
         slots=slots,
         draws=draws,
+        stages=stages,
     )
 
 
@@ -179,6 +183,7 @@ def fit(run: Run) -> End:
             if config.runtime.compare_every and _due(before, now, config.runtime.compare_every, total):
                 _compare_replicas(run)
             if _due(before, now, config.log.every, total) or _due(before, now, config.checkpoint.every, total):
+                _report_damage(run)
                 shown = scalars.flush(runtime) | _counters(state) | _moving(knobs._asdict())
                 timing = clock.tick(runtime)
                 tracker.scalars(now, shown, clock=timing)
@@ -272,6 +277,21 @@ def _commit_rollback(run: Run) -> None:
         run.checkpointer.end_rollback()
     run.runtime.barrier()
     _report_written(run)
+
+
+def _report_damage(run: Run) -> None:
+    """Tells of images that some rank had to replace; each once.
+
+    Raises:
+        TrainingFailed: on every rank, if there are more than may be.
+    """
+    stream, tracker = run.state.stream, run.tracker
+    found = run.runtime.gather_json(stream.damaged())
+    new = stream.note_damaged(Damage(*item) for rank in found for item in rank)
+    for damage in new[:DAMAGE_SHOWN]:
+        tracker.say(f"a damaged image was replaced: {damage.key!r} of {damage.url}: {damage.reason}")
+    for damage in new:
+        tracker.event("bad_sample", images=run.state.progress.images, **damage._asdict())
 
 
 def _compare_replicas(run: Run) -> None:

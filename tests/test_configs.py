@@ -428,7 +428,11 @@ def test_the_yaml_is_complete_so_that_a_change_of_defaults_cannot_change_an_old_
         assert set(flat[name]) == set(type(section).model_fields)
 
 
-MAY_CHANGE = {"run.images", "run.resume", "run.dir", "run.profile", "data.url", "data.prefetch", "data.cache"}
+MAY_CHANGE = {
+    "run.images", "run.resume", "run.dir", "run.profile", "data.url", "data.mix", "data.prefetch", "data.workers",
+    "data.readers", "data.memory", "data.cache", "data.verify", "data.bad_images", "data.max_bad", "data.patience_s",
+    "data.disk_cache", "data.disk_cache_bytes",
+}  # fmt: skip
 MAY_CHANGE_WHOLLY = {"log", "checkpoint", "runtime", "recovery"}
 
 

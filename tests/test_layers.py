@@ -44,6 +44,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "s3fs": (),
     "boto3": (),
     "PIL": ("images",),
+    "simplejpeg": ("images",),
     "safetensors": ("tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),

@@ -14,27 +14,35 @@ PICTURES_SEED = 2026
 """The pictures are the same for every run; its seed decides their order and the rest."""
 
 
-def data_url(config: RunConfig) -> str:
-    """Folder of the shards that a configuration trains on."""
+def data_sources(config: RunConfig) -> dict[str, int]:
+    """Folders of the shards that a configuration trains on, with their weights."""
     if isinstance(config.data, ShardsData):
-        return config.data.url
-    return storage.join(config.run.dir, "data")
+        return config.data.sources
+    return {storage.join(config.run.dir, "data"): 1}
 
 
-def prepare_data(config: RunConfig) -> None:
+def prepare_data(config: RunConfig) -> list[str]:
     """Draws and packs the embedded data set, or checks that the shards are there and fit; one process does it.
+
+    Returns:
+        What the user should know, in sentences.
 
     Raises:
         UserError: there is no manifest, a shard is not as the manifest says, or the networks do not fit the images.
         TrainingFailed: the pictures cannot be written.
     """
-    url = data_url(config)
+    notes: list[str] = []
     if isinstance(config.data, ShapesData):
         images, labels = draw_shapes(config.data.count, seed=PICTURES_SEED)
+        (url,) = data_sources(config)
         pack(ArraySource(images, labels, class_names=CLASS_NAMES), url, workers=1)
     elif isinstance(config.data, ShardsData):
-        manifest = read_manifest(url)
-        networks = config.networks
+        networks, lenient = config.networks, config.data.bad_images == "substitute"
         assert not isinstance(networks, MLPNetworks)
-        check_fit(url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes)
-        check_shards(url, manifest)
+        for url in data_sources(config):
+            manifest = read_manifest(url)
+            check_fit(
+                url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes
+            )
+            notes += check_shards(url, manifest, allow_other_sizes=lenient)
+    return notes

@@ -212,6 +212,7 @@ def _shard(name: str, found: FoundShard, labels: tuple[int, ...] | None) -> Shar
         sizes=tuple(sample.size for sample in samples),
         extensions=tuple(sample.extension for sample in samples),
         labels=labels,
+        crc32=tuple(sample.crc32 for sample in samples),
     )
 
 
@@ -301,6 +302,8 @@ def _differences(expected: _Expected, found: FoundShard) -> list[str]:
         real = (sample.offset, sample.size, sample.extension)
         if stated != real:
             problems.append(f"{key!r}: offset, size and extension are {real}, the manifest says {stated}")
+        if shard.crc32 is not None and shard.crc32[row] != sample.crc32:
+            problems.append(f"{key!r}: its CRC-32 is not the manifest's")
         if "cls" in sample.labels and shard.labels is not None and expected.labels_in_cls:
             label = parse_cls(sample.labels["cls"])
             if label != shard.labels[row]:

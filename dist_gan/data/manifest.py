@@ -40,6 +40,8 @@ class Shard:
     """Of each image file, in lower case, without the dot."""
     labels: tuple[int, ...] | None
     """Class of each sample; None where the data have no labels."""
+    crc32: tuple[int, ...] | None = None
+    """CRC-32 of each sample's image file (as zlib's); None in manifests that were made without."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over everything but `origin`."""
-        content = {key: value for key, value in _to_json(self).items() if key != "origin"}
+        """SHA-256 in hex over everything but `origin` and what follows from the rest."""
+        content = {key: value for key, value in _to_json(self).items() if key not in ("origin", "class_counts")}
         return hashlib.sha256(_canonical(content)).hexdigest()
 
 
@@ -106,11 +108,16 @@ def write_manifest(url: str, manifest: Manifest) -> None:
     storage.publish(storage.join(url, NAME), _canonical(_to_json(manifest)) + b"\n")
 
 
-def check_shards(url: str, manifest: Manifest) -> None:
+def check_shards(url: str, manifest: Manifest, *, allow_other_sizes: bool = False) -> list[str]:
     """Every shard is there with the stated number of bytes (contents are for `dist-gan verify`).
 
+    Args:
+        url: folder of the shards.
+        manifest: what should be in it.
+        allow_other_sizes: gives a sentence for each shard of another size, instead of raising.
+
     Raises:
-        UserError: names the first shard that is not, and how many are not.
+        UserError: names the first shard that is not as stated, and how many are not.
     """
     try:
         found = storage.sizes(url, [shard.name for shard in manifest.shards])
@@ -118,8 +125,14 @@ def check_shards(url: str, manifest: Manifest) -> None:
         raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error)}") from error
     wrong = [shard for shard in manifest.shards if found[shard.name] != shard.bytes]
     if not wrong:
-        return
-    first = wrong[0]
+        return []
+    if allow_other_sizes and all(found[shard.name] is not None for shard in wrong):
+        return [
+            f"{storage.redact(storage.join(url, shard.name))}: has {found[shard.name]:,} bytes, the manifest says "
+            f"{shard.bytes:,}; what is damaged in it will be substituted, up to data.max_bad"
+            for shard in wrong
+        ]
+    first = next((shard for shard in wrong if found[shard.name] is None), wrong[0])
     size = found[first.name]
     is_there = "it is not there" if size is None else f"the file has {size:,}"
     more = f" (and {len(wrong) - 1} more shards differ)" if len(wrong) > 1 else ""
@@ -144,6 +157,8 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
     }
     if shard.labels is not None:
         content["labels"] = shard.labels
+    if shard.crc32 is not None:
+        content["crc32"] = shard.crc32
     return content
 
 
@@ -163,6 +178,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "resolution": manifest.resolution,
         "channels": manifest.channels,
         "classes": manifest.classes,
+        "class_counts": manifest.class_counts,
         "origin": manifest.origin,
         "shards": [shard_to_json(shard) for shard in manifest.shards],
     }
@@ -231,11 +247,12 @@ class _Reader:
         if not _are_texts(extensions):
             raise self._error(f"{where} has extensions that are no names")
         offsets, sizes = (self._integers(content.get(column), where, column) for column in ("offsets", "sizes"))
-        labels = content.get("labels")
-        label_column = None if labels is None else self._integers(labels, where, "labels")
+        labels, crc32 = (
+            None if content.get(column) is None else self._integers(content[column], where, column)
+            for column in ("labels", "crc32")
+        )
         columns = {"keys": keys, "offsets": offsets, "sizes": sizes, "extensions": extensions}
-        if label_column is not None:
-            columns["labels"] = label_column
+        columns |= {name: values for name, values in (("labels", labels), ("crc32", crc32)) if values is not None}
         lengths = {column: len(values) for column, values in columns.items()}
         if len(set(lengths.values())) != 1:
             raise self._error(f"{where} has columns of different lengths: {lengths}")
@@ -248,7 +265,8 @@ class _Reader:
             offsets=tuple(offsets.tolist()),
             sizes=tuple(sizes.tolist()),
             extensions=tuple(extensions),
-            labels=None if label_column is None else tuple(label_column.tolist()),
+            labels=None if labels is None else tuple(labels.tolist()),
+            crc32=None if crc32 is None else tuple(crc32.tolist()),
         )
 
     def _error(self, what: str, *, remedy: str = _MAKE_AGAIN) -> UserError:
@@ -271,11 +289,12 @@ class _Reader:
             raise self._error(
                 f"{where}: the image of {keys[outside[0]]!r} would lie outside the file of {size:,} bytes"
             )
-        order = np.argsort(offsets, kind="stable")
-        ends = (offsets + sizes)[order]
-        overlaps = np.flatnonzero(ends[:-1] > offsets[order][1:])
+        unsorted = np.flatnonzero(offsets[1:] < offsets[:-1])
+        if len(unsorted):
+            raise self._error(f"{where}: {keys[unsorted[0]]!r} is listed before what lies in front of it")
+        overlaps = np.flatnonzero((offsets + sizes)[:-1] > offsets[1:])
         if len(overlaps):
-            first, second = (keys[order[overlaps[0] + step]] for step in (0, 1))
+            first, second = (keys[overlaps[0] + step] for step in (0, 1))
             raise self._error(f"{where}: the images of {first!r} and {second!r} overlap")
 
     def _check_together(self, manifest: Manifest) -> None:

@@ -48,7 +48,7 @@ from dist_gan.data.survey import MAX_RESOLUTION, MIN_RESOLUTION, is_resolution, 
 from dist_gan.types import TrainingFailed, UserError
 
 SAMPLES_PER_SHARD = 4096
-_VERSION = 1
+_VERSION = 2
 _FEW_IMAGES = 4000
 """So few are packed before a second process has started."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_gan.config import PointsData
+from dist_gan.data.decoding import Damage
 from dist_gan.draws import Draws
 from dist_gan.types import Batch, UserError
 
@@ -46,6 +48,14 @@ class PointStream:
 
     def close(self) -> None:
         """Nothing runs ahead."""
+
+    def damaged(self) -> list[Damage]:
+        """None: points are made, not read."""
+        return []
+
+    def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
+        """Nothing to count."""
+        return []
 
     def values(self) -> dict[str, Any]:
         """Draws consumed, and the fingerprint of the order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class FoundSample:
     """Of the image in lower case; empty while there is none."""
     offset: int = 0
     size: int = 0
+    crc32: int = 0
     labels: dict[str, bytes] = field(default_factory=dict)
     """Contents of `.cls` and `.json`, by extension."""
 
@@ -73,6 +75,7 @@ def read_shard(url: str, name: str, *, see: Callable[[str, str, bytes], None]) -
                     problems.append(f"{place}: {key!r} has two images (.{sample.extension} and .{extension})")
                     continue
                 sample.extension, sample.offset, sample.size = extension, member.offset, member.size
+                sample.crc32 = zlib.crc32(member.data)
                 see(key, extension, member.data)
             elif extension in LABEL_EXTENSIONS:
                 if extension in sample.labels:

@@ -195,7 +195,7 @@ UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedE
 
 def _scan_own(path: Path, name: str) -> Shard:
     """The shard's index from what lies on the disk, not from what was meant to be written."""
-    keys, offsets, sizes, extensions, labels = [], [], [], [], []
+    keys, offsets, sizes, extensions, labels, sums = [], [], [], [], [], []
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         scan = TarScan(file, size=size, place=str(path))
@@ -208,6 +208,7 @@ def _scan_own(path: Path, name: str) -> Shard:
             offsets.append(member.offset)
             sizes.append(member.size)
             extensions.append(extension)
+            sums.append(zlib.crc32(member.data))
     return Shard(
         name=name,
         bytes=size,
@@ -217,6 +218,7 @@ def _scan_own(path: Path, name: str) -> Shard:
         sizes=tuple(sizes),
         extensions=tuple(extensions),
         labels=tuple(labels) if labels else None,
+        crc32=tuple(sums),
     )
 
 

@@ -1,6 +1,6 @@
 """The endless stream of real images: shards in, batches on the device out; its state is one integer.
 
-    places -> read -> decode -> batch          (a webdataset.DataPipeline, run ahead of need by one thread)
+    plan -> pieces, read ahead of need -> decode -> your own stages -> batch on the device
 
 Which images a batch holds follows from (seed, draw) alone; a rank reads the slots it owns and nothing else is said
 between ranks.
@@ -9,27 +9,23 @@ between ranks.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from functools import partial
-from queue import Full, Queue
-from threading import Event, Thread
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import webdataset
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_gan import images, storage
-from dist_gan.config import DataOrder
+from dist_gan import storage
+from dist_gan.config import DataOrder, ShardsData
+from dist_gan.data.ahead import Ahead, decode_part
+from dist_gan.data.decoding import Damage, Decoder, Kept, Stage
+from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest
-from dist_gan.data.order import Order, held_out
+from dist_gan.data.pieces import Piece, PieceReader, Source
+from dist_gan.data.plan import Place, Plan
 from dist_gan.draws import Draws
 from dist_gan.types import Batch, TrainingFailed, UserError, unit_range
-
-Sample = dict[str, Any]
 
 
 class Stream(Protocol):
@@ -54,6 +50,18 @@ class Stream(Protocol):
         """Ends what runs ahead."""
         ...
 
+    def damaged(self) -> list[Damage]:
+        """Images that this rank found damaged since the last call."""
+        ...
+
+    def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
+        """Counts what the ranks have found, and gives what is new; the same on all ranks.
+
+        Raises:
+            TrainingFailed: there is more than may be substituted.
+        """
+        ...
+
     def values(self) -> dict[str, Any]:
         """Draws consumed, and the fingerprint of the order."""
         ...
@@ -73,137 +81,41 @@ class Scanned(NamedTuple):
     """Which rows are images, bool, B; the others repeat the first."""
 
 
-class Decoded(NamedTuple):
-    """A batch as it leaves the pipeline: bytes on the CPU."""
+class _OnDevice(NamedTuple):
+    """A batch whose bytes are on the device, or on their way there."""
 
-    images_BHWC: NDArray[np.uint8]
-    labels: tuple[int, ...] | None
+    images_BCHW: Tensor
+    labels: Tensor | None
     keys: tuple[str, ...]
-
-
-class Shards:
-    """Random access to the images of a data set, a block of neighbours at a time. For one thread alone.
-
-    Args:
-        url: folder of the shards.
-        manifest: what is in them.
-        resolution: side that images are brought to, by the rules of packing.
-        channels: 1 or 3.
-        open_blocks: blocks kept in memory.
-        decoded: images decoded so far, by shard and row; None keeps none.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        manifest: Manifest,
-        *,
-        resolution: int,
-        channels: int,
-        open_blocks: int,
-        decoded: dict[tuple[int, int], NDArray[np.uint8]] | None,
-    ) -> None:
-        self.url = url
-        self.manifest = manifest
-        self.resolution = resolution
-        self.channels = channels
-        self._open_blocks = open_blocks
-        self._decoded = decoded
-        self._blocks: OrderedDict[tuple[int, int, int], tuple[int, bytes]] = OrderedDict()
-
-    def read(self, shard: int, row: int, *, rows: tuple[int, int]) -> Sample:
-        """One image, as bytes or decoded; the neighbours `rows` = [first, last] of its shard are read with it."""
-        entry = self.manifest.shards[shard]
-        sample: Sample = {"__key__": entry.keys[row], "__url__": storage.join(self.url, entry.name)}
-        if entry.labels is not None:
-            sample["label"] = entry.labels[row]
-        if self._decoded is not None:
-            sample["place"] = (shard, row)
-            if (shard, row) in self._decoded:
-                return sample
-        start, data = self._block(shard, *rows)
-        offset = entry.offsets[row] - start
-        sample["image"] = data[offset : offset + entry.sizes[row]]
-        return sample
-
-    def _block(self, shard: int, first: int, last: int) -> tuple[int, bytes]:
-        key = (shard, first, last)
-        found = self._blocks.get(key)
-        if found is None:
-            entry = self.manifest.shards[shard]
-            start, end = entry.offsets[first], entry.offsets[last] + entry.sizes[last]
-            url = storage.join(self.url, entry.name)
-            try:
-                data = storage.read(url, start, end)
-            except OSError as error:
-                raise TrainingFailed(f"cannot read {storage.redact(url)}: {storage.why(error)}") from error
-            if len(data) != end - start:
-                raise TrainingFailed(
-                    f"{storage.redact(url)} ends early: bytes {start:,} to {end:,} were asked for and {len(data):,} "
-                    f"came; run `dist-gan verify {storage.redact(self.url)}`"
-                )
-            found = self._blocks[key] = (start, data)
-            while len(self._blocks) > self._open_blocks:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(key)
-        return found
-
-    def decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pipeline stage: bytes to uint8 HWC of the wanted size."""
-        for sample in samples:
-            if "image" in sample:
-                sample["pixels"] = self._decode(sample)
-                if self._decoded is not None:
-                    self._decoded[sample["place"]] = sample["pixels"]
-            else:
-                assert self._decoded is not None
-                sample["pixels"] = self._decoded[sample["place"]]
-            yield sample
-
-    def _decode(self, sample: Sample) -> NDArray[np.uint8]:
-        name = f"{storage.redact(sample['__url__'])}: {sample['__key__']}"
-        try:
-            image = images.decode(sample.pop("image"), name=name)
-            if image.shape != (self.resolution, self.resolution, self.channels):
-                image = images.fit(image, resolution=self.resolution, channels=self.channels)
-        except images.BadImage as error:
-            raise TrainingFailed(
-                f"{error}; run `dist-gan verify {storage.redact(self.url)}` to find all such images"
-            ) from error
-        return image
-
-
-def batched(samples: Iterable[Sample], *, size: int) -> Iterator[Decoded]:
-    """Pipeline stage: stacks `size` samples."""
-    part: list[Sample] = []
-    for sample in samples:
-        part.append(sample)
-        if len(part) == size:
-            labels = tuple(s["label"] for s in part) if "label" in part[0] else None
-            yield Decoded(np.stack([s["pixels"] for s in part]), labels, tuple(s["__key__"] for s in part))
-            part = []
-    assert not part
+    sent: torch.cuda.Event | None
+    """Reached on the side stream once they have arrived."""
 
 
 class ImageStream:
     """Endless batches from shards; see the module.
 
     Args:
-        url: folder of the shards.
-        manifest: what is in them.
-        section: order and split.
+        sources: folders of shards with their weights.
+        section: order, split, and how it is read.
         resolution: side of the networks' images.
         channels: their channels.
         classes: classes the networks are conditioned on; 0 leaves labels out.
         batch: images of a global batch.
         slots: places in it that this rank owns.
         draws: the run's random numbers, on the device that images go to.
+        stages: a user's own steps after decoding.
+
+    Attributes:
+        retries: requests to the store that had to be made again.
+        most_bytes: the most bytes of image files that were held at a time.
+
+    Raises:
+        UserError: the networks cannot be trained on these images.
     """
 
     def __init__(
         self,
-        url: str,
-        manifest: Manifest,
+        sources: Sequence[tuple[Source, int]],
         *,
         section: DataOrder,
         resolution: int,
@@ -212,57 +124,69 @@ class ImageStream:
         batch: int,
         slots: Tensor,
         draws: Draws,
+        stages: Sequence[Stage] = (),
     ) -> None:
-        check_fit(url, manifest, resolution=resolution, channels=channels, classes=classes)
+        self._sources = tuple(source for source, _ in sources)
+        for source in self._sources:
+            check_fit(source.url, source.manifest, resolution=resolution, channels=channels, classes=classes)
         self.draw = 0
         self.waited_s = 0.0
-        self._section, self._batch, self._slots, self._draws = section, batch, slots, draws
-        self._labelled = classes > 0
-        self._held_out = [held_out(s.keys, share=section.holdout) for s in manifest.shards]
-        self._rows = [np.flatnonzero(~mask) for mask in self._held_out]
-        if sum(map(len, self._rows)) == 0:
-            raise UserError(f"data.holdout: {section.holdout} leaves no image to train on; choose a smaller share")
-        self._order = Order(
-            [len(rows) for rows in self._rows], seed=draws.seed, lanes=section.lanes, block=section.block
-        )
-        lanes_here = -(-section.lanes * len(slots) // batch)
-        fits = self._order.length * channels * resolution**2 <= section.cache
-        self._new_reader = partial(
-            Shards,
-            url,
-            manifest,
-            resolution=resolution,
-            channels=channels,
-            open_blocks=2 * max(lanes_here, 1) + 8,
-            decoded={} if fits else None,
-        )
+        self.retries = 0
+        self.most_bytes = 0
+        self._section, self._slots, self._draws, self._stages = section, slots, draws, tuple(stages)
+        self._shape, self._labelled = (resolution, resolution, channels), classes > 0
+        self._plan = Plan(sources, section=section, seed=draws.seed, batch=batch, slots=slots.numpy())
+        num_images = sum(source.manifest.num_samples for source in self._sources)
+        fits = num_images * channels * resolution**2 <= section.cache
+        self._kept = Kept(self._sources, shape=self._shape) if fits else None
+        self._disk: DiskCache | None = None
+        self._patience_s: float | None = None
+        if isinstance(section, ShardsData):
+            self._patience_s = section.patience_s
+            if section.disk_cache:
+                self._disk = DiskCache(section.disk_cache, limit=section.disk_cache_bytes)
+        self._damage: set[tuple[str, str]] = set()
+        names = ",".join(getattr(stage, "__qualname__", type(stage).__qualname__) for stage in stages)
         self.fingerprint = (
-            f"{manifest.fingerprint}/seed={draws.seed}/lanes={section.lanes}/block={section.block}"
-            f"/holdout={section.holdout}/batch={batch}"
+            f"{'+'.join(f'{weight}*{source.manifest.fingerprint}' for source, weight in sources)}/seed={draws.seed}"
+            f"/lanes={section.lanes}/block={section.block}/holdout={section.holdout}/balance={section.balance}"
+            f"/stages={names}/batch={batch}"
         )
-        self._queue: Queue[Decoded | BaseException] = Queue(maxsize=section.prefetch)
-        self._stop = Event()
-        self._thread: Thread | None = None
+        self._ahead: Ahead | None = None
+        self._staged: _OnDevice | None = None
+        self._side = torch.cuda.Stream(draws.device) if draws.device.type == "cuda" else None
+
+    # -- batches --------------------------------------------------------------------------------------------------
 
     def next(self) -> Batch:
-        """This rank's part of the next global batch, on the device."""
-        if self._thread is None:
-            self._start()
-        began = time.perf_counter()
-        item = self._queue.get()
-        self.waited_s += time.perf_counter() - began
-        if isinstance(item, BaseException):
+        """This rank's part of the next global batch, on the device.
+
+        Raises:
+            TrainingFailed: the store does not give the images, or one is damaged and may not be substituted.
+        """
+        if self._ahead is None:
+            self._ahead = self._start()
+        try:
+            if self._staged is None:
+                began = time.perf_counter()
+                self._staged = self._send(self._ahead)
+                self.waited_s += time.perf_counter() - began
+            batch = self._arrived(self._staged)
+            # The one after it sets out now, if it is decoded, and arrives while the networks are busy.
+            self._staged = self._send(self._ahead) if self._side is not None and self._ahead.has_next() else None
+        except BaseException:
             self.close()
-            raise item
-        batch = self._on_device(item, draw=self.draw)
+            raise
         self.draw += 1
         return batch
 
     def preview(self, count: int) -> Tensor:
         """The first `count` images of the order, on the device."""
-        shards = self._new_reader()
-        samples = self._samples_at(np.arange(count), shards)
-        return self._pixels(next(iter(batched(shards.decode(samples), size=count))))
+        decoder = self._decoder()
+        try:
+            return self._decoded(decoder, self._plan.places(np.arange(count)))[0]
+        finally:
+            self._let_go(decoder)
 
     def seek(self, draw: int) -> None:
         """The next batch will be number `draw`; nothing is replayed."""
@@ -270,17 +194,41 @@ class ImageStream:
         self.draw = draw
 
     def close(self) -> None:
-        """Ends the thread that runs ahead."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self._thread = None
-        self._stop = Event()
-        self._queue = Queue(maxsize=self._section.prefetch)
+        """Ends the threads that run ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._let_go(self._ahead.decoder)
+            self._ahead = None
+        self._staged = None
+
+    # -- damage ---------------------------------------------------------------------------------------------------
+
+    def damaged(self) -> list[Damage]:
+        """Images that this rank found damaged since the last call."""
+        return self._ahead.decoder.damaged() if self._ahead is not None else []
+
+    def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
+        """Counts what the ranks have found, and gives what is new.
+
+        Raises:
+            TrainingFailed: there is more than may be substituted (`data.max_bad`).
+        """
+        new = {item[:2]: item for item in found if item[:2] not in self._damage}
+        self._damage |= new.keys()
+        limit = max(1, int(self._section.max_bad * self._plan.length))
+        if len(self._damage) > limit:
+            examples = "".join(f"\n  - {item.url}: {item.key}: {item.reason}" for item in list(new.values())[:5])
+            raise TrainingFailed(
+                f"{len(self._damage):,} of {self._plan.length:,} images are damaged, and data.max_bad={self._section.max_bad:g} "
+                f"allows {limit:,}; run `dist-gan verify` on the shards, and copy or pack them again:{examples}"
+            )
+        return list(new.values())
+
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
-        """Draws consumed, and the fingerprint of the order."""
-        return {"draw": self.draw, "fingerprint": self.fingerprint}
+        """Draws consumed, the fingerprint of the order, and which images are known to be damaged."""
+        return {"draw": self.draw, "fingerprint": self.fingerprint, "damaged": sorted(map(list, self._damage))}
 
     def load_values(self, values: dict[str, Any]) -> None:
         """Goes on where `values` was taken; a different order is refused."""
@@ -289,7 +237,10 @@ class ImageStream:
                 f"data: the images or their order are not those of the checkpoint ({values['fingerprint']} there, "
                 f"{self.fingerprint} here); give the same data and order, or another run.dir"
             )
+        self._damage = {(url, key) for url, key in values["damaged"]}
         self.seek(int(values["draw"]))
+
+    # -- a split from end to end ----------------------------------------------------------------------------------
 
     def scan(self, split: str, *, batch: int, rank: int, world_size: int) -> Iterator[Scanned]:
         """Every image of `train` or `holdout` once, in the order of the shards, dealt over the ranks.
@@ -297,85 +248,104 @@ class ImageStream:
         Every rank gets equally many batches of `batch` rows; what is missing at the end is padding.
         """
         assert split in ("train", "holdout")
+        chosen = self._plan.held_out if split == "holdout" else self._plan.rows
         rows = [
-            (shard, int(row))
-            for shard, mask in enumerate(self._held_out)
-            for row in np.flatnonzero(mask if split == "holdout" else ~mask)
+            (source, shard, int(row))
+            for source, shards in enumerate(chosen)
+            for shard, some in enumerate(shards)
+            for row in some
         ]
-        shards = self._new_reader(decoded=None)
-        for start in range(0, len(rows), batch * world_size):
-            mine = rows[start + rank : start + batch * world_size : world_size]
-            padded = mine + [rows[start]] * (batch - len(mine))
-            samples = (shards.read(shard, row, rows=(row, row)) for shard, row in padded)
-            item = next(iter(batched(shards.decode(samples), size=batch)))
-            mask = torch.arange(batch) < len(mine)
-            yield Scanned(self._pixels(item), self._labels(item), item.keys[: len(mine)], mask.to(self._draws.device))
+        decoder = self._decoder()
+        try:
+            for start in range(0, len(rows), batch * world_size):
+                mine = rows[start + rank * batch : start + (rank + 1) * batch]
+                padded = mine + [rows[start]] * (batch - len(mine))
+                places = [Place(*where, Piece(where[0], where[1], where[2], where[2])) for where in padded]
+                decoder.reader.want(place.piece for place in places)
+                images, labels, keys = self._decoded(decoder, places)
+                mask = (torch.arange(batch) < len(mine)).to(self._draws.device)
+                yield Scanned(images, labels, keys[: len(mine)], mask)
+        finally:
+            self._let_go(decoder)
 
-    def pipeline(self, draw: int) -> webdataset.DataPipeline:
-        """Decoded batches from `draw` on."""
-        shards = self._new_reader()
-        return webdataset.DataPipeline(
-            lambda: self._places(draw, shards),
-            shards.decode,
-            lambda samples: batched(samples, size=len(self._slots)),
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Ahead:
+        return Ahead(
+            self._plan,
+            self._decoder(kept=self._kept),
+            draw=self.draw,
+            shape=(len(self._slots), *self._shape),
+            stages=self._stages,
+            prefetch=self._section.prefetch,
+            workers=self._section.workers,
+            pinned=self._side is not None,
         )
 
-    def _places(self, draw: int, reader: Shards) -> Iterator[Sample]:
-        slots = self._slots.numpy()
-        while True:
-            yield from self._samples_at(draw * self._batch + slots, reader)
-            draw += 1
+    def _decoder(self, *, kept: Kept | None = None) -> Decoder:
+        reader = PieceReader(
+            self._sources,
+            memory=self._plan.memory,
+            readers=self._section.readers,
+            patience_s=self._patience_s,
+            cache=self._disk,
+        )
+        return Decoder(
+            self._sources,
+            reader,
+            rows=self._plan.rows,
+            shape=self._shape,
+            verify=self._section.verify,
+            substitute=self._section.bad_images == "substitute",
+            kept=kept,
+        )
 
-    def _samples_at(self, positions: NDArray[np.int64], reader: Shards) -> Iterator[Sample]:
-        shards, indices, blocks = self._order.locate(positions)
-        for shard, index, block in zip(shards.tolist(), indices.tolist(), blocks.tolist(), strict=True):
-            rows = self._rows[shard]
-            _, start, end = self._order.block_range(block)
-            yield reader.read(shard, int(rows[index]), rows=(int(rows[start]), int(rows[end - 1])))
+    def _let_go(self, decoder: Decoder) -> None:
+        decoder.reader.close()
+        self.retries += decoder.reader.retries
+        self.most_bytes = max(self.most_bytes, decoder.reader.most_bytes)
 
-    def _start(self) -> None:
-        pipeline, queue, stop = iter(self.pipeline(self.draw)), self._queue, self._stop
+    def _decoded(self, decoder: Decoder, places: Sequence[Place]) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+        pixels = torch.empty((len(places), *self._shape), dtype=torch.uint8)
+        labels, keys = decode_part(decoder, places, pixels.numpy(), self._stages)
+        images = self._as_input(pixels.to(self._draws.device).permute(0, 3, 1, 2))
+        return images, self._labels(labels), tuple(keys)
 
-        def run_ahead() -> None:
-            try:
-                for item in pipeline:
-                    if not _put(queue, item, stop):
-                        return
-            except BaseException as error:
-                _put(queue, error, stop)
+    def _send(self, ahead: Ahead) -> _OnDevice:
+        """The next batch, its bytes on their way to the device by a stream of their own."""
+        item = ahead.take()
+        if self._side is None:
+            return _OnDevice(item.images_BHWC.permute(0, 3, 1, 2), self._labels(item.labels), item.keys, None)
+        with torch.cuda.stream(self._side):
+            images = item.images_BHWC.to(self._draws.device, non_blocking=True)
+            labels = self._labels(item.labels)
+            sent = torch.cuda.Event()
+            sent.record(self._side)
+        return _OnDevice(images.permute(0, 3, 1, 2), labels, item.keys, sent)
 
-        self._thread = Thread(target=run_ahead, name="image-stream", daemon=True)
-        self._thread.start()
-
-    def _on_device(self, item: Decoded, *, draw: int) -> Batch:
-        pixels = self._pixels(item)
+    def _arrived(self, item: _OnDevice) -> Batch:
+        if item.sent is not None:
+            now = torch.cuda.current_stream(self._draws.device)
+            now.wait_event(item.sent)
+            for tensor in (item.images_BCHW, item.labels):
+                if tensor is not None:
+                    tensor.record_stream(now)
+        images = self._as_input(item.images_BCHW)
         if self._section.flip:
-            mirror = self._draws.uniform("flip", draw=draw, slots=self._slots) < 0.5
-            pixels = torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(3), pixels)
-        return Batch(pixels, self._labels(item), self._slots, item.keys, draw)
+            mirror = self._draws.uniform("flip", draw=self.draw, slots=self._slots) < 0.5
+            images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)
+        return Batch(images, item.labels, self._slots, item.keys, self.draw)
 
-    def _pixels(self, item: Decoded) -> Tensor:
-        pixels = torch.from_numpy(item.images_BHWC).permute(0, 3, 1, 2)
-        if self._draws.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self._draws.device, non_blocking=True)
-        return unit_range(pixels, dtype=self._draws.dtype).contiguous()
+    def _as_input(self, images_BCHW: Tensor) -> Tensor:
+        return unit_range(images_BCHW, dtype=self._draws.dtype).contiguous()
 
-    def _labels(self, item: Decoded) -> Tensor | None:
+    def _labels(self, labels: Sequence[int]) -> Tensor | None:
         if not self._labelled:
             return None
-        assert item.labels is not None
-        return torch.tensor(item.labels, device=self._draws.device)
-
-
-def _put(queue: Queue[Any], item: Any, stop: Event) -> bool:
-    """Puts an item as soon as there is room; False if asked to stop first."""
-    while not stop.is_set():
-        try:
-            queue.put(item, timeout=0.1)
-        except Full:
-            continue
-        return True
-    return False
+        held = torch.tensor(labels)
+        if self._side is not None:
+            held = held.pin_memory()
+        return held.to(self._draws.device, non_blocking=True)
 
 
 def check_fit(url: str, manifest: Manifest, *, resolution: int, channels: int, classes: int) -> None:

@@ -19,6 +19,7 @@ from benchmarks.parity_worker import tensors_of
 from dist_gan.checkpoint import Checkpointer
 from dist_gan.config import CheckpointSection, DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
+from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.health.recovery import actions
@@ -48,7 +49,7 @@ class Trainee:
         self.config, self.runtime = config, runtime
         self.draws = Draws(config.run.seed)
         self.stream = ImageStream(
-            config.data.url, read_manifest(config.data.url), section=config.data, resolution=16, channels=3, classes=0,
+            [(Source(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3, classes=0,
             batch=config.run.batch, slots=runtime.slots(config.run.batch), draws=self.draws,
         )  # fmt: skip
         networks = build_networks(config.networks, seed=1)

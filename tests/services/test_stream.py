@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import webdataset
 
 from dist_gan import images, storage
 from dist_gan.config import ShardsData
+from dist_gan.data.decoding import Sample, Stage
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pack import pack
+from dist_gan.data.pieces import Source
 from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.types import TrainingFailed, UserError
+from dist_gan.types import TrainingFailed, UserError, byte_range
 from tests.conftest import random_images
 
 
@@ -30,12 +33,12 @@ def stream(
     world_size: int = 1,
     seed: int = 0,
     classes: int = 5,
-    **order: float,
+    stages: Sequence[Stage] = (),
+    **order: float | str | dict[str, int],
 ) -> ImageStream:
     settings = {"lanes": 8, "block": 16} | order
     return ImageStream(
-        str(url),
-        read_manifest(str(url)),
+        [(Source(str(url), read_manifest(str(url))), 1)],
         section=ShardsData(url=str(url), **settings),
         resolution=16,
         channels=3,
@@ -43,6 +46,7 @@ def stream(
         batch=batch,
         slots=torch.arange(rank, batch, world_size),
         draws=Draws(seed),
+        stages=stages,
     )
 
 
@@ -108,9 +112,9 @@ def test_what_fits_into_the_cache_is_decoded_once_and_nothing_else_changes(
     decoded: list[str] = []
     decode = images.decode
 
-    def counted(data: bytes, *, name: str) -> images.Pixels:
+    def counted(data: bytes, *, name: str, **options: object) -> images.Pixels:
         decoded.append(name)
-        return decode(data, name=name)
+        return decode(data, name=name, **options)
 
     monkeypatch.setattr(images, "decode", counted)
     found, counts = [], []
@@ -185,14 +189,59 @@ def test_a_shard_that_was_cut_short_is_named(small_shards: Path, tmp_path: Path)
     copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
     shard = next(copy.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:2000])
-    source = stream(copy)
-    with pytest.raises(TrainingFailed, match=f"{shard.name} ends early"):
+    source = stream(copy, bad_images="fail")
+    with pytest.raises(
+        TrainingFailed, match=rf"{shard.name}: .*: \d+ of its [\d,]+ bytes are there; run `dist-gan verify"
+    ):
         keys_of(source, 40)
 
 
 def test_a_users_own_stage_drops_into_the_pipeline(small_shards: Path) -> None:
-    source = stream(small_shards)
-    pipeline = source.pipeline(0)
-    assert isinstance(pipeline, webdataset.DataPipeline)
-    seen = [len(keys) for keys in islice(pipeline.compose(webdataset.map(lambda item: item.keys)), 3)]
-    assert seen == [20, 20, 20]
+    def inverted(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            sample["pixels"] = 255 - sample["pixels"]
+            yield sample
+
+    plain, changed = stream(small_shards), stream(small_shards, stages=[inverted])
+    for _ in range(3):
+        one, other = plain.next(), changed.next()
+        assert one.keys == other.keys
+        assert torch.equal(byte_range(one.images), 255 - byte_range(other.images))
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        changed.load_values(plain.values())
+    plain.close()
+    changed.close()
+
+
+def test_a_stage_may_be_one_of_webdatasets_own(small_shards: Path) -> None:
+    mirrored = webdataset.map_dict(pixels=lambda pixels: pixels[:, ::-1].copy())
+    plain, changed = stream(small_shards), stream(small_shards, stages=[mirrored])
+    assert torch.equal(plain.next().images.flip(3), changed.next().images)
+    plain.close()
+    changed.close()
+
+
+def drops_one(samples: Iterable[Sample]) -> Iterator[Sample]:
+    yield from islice(samples, 1, None)
+
+
+def doubles(samples: Iterable[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        yield sample
+        yield sample
+
+
+def crops(samples: Iterable[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        yield sample | {"pixels": sample["pixels"][:8]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"), [(drops_one, "gave fewer"), (doubles, "gave more"), (crops, r"\(8, 16, 3\)")]
+)
+def test_a_stage_that_changes_the_sequence_or_the_shape_ends_the_run(
+    small_shards: Path, stage: Stage, told: str
+) -> None:
+    source = stream(small_shards, stages=[stage])
+    with pytest.raises(TrainingFailed, match=told):
+        source.next()

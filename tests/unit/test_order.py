@@ -23,7 +23,7 @@ quick = settings(max_examples=60, deadline=None)
 
 def located(order: Order, positions: np.ndarray | range) -> Pairs:
     """(shard, index) of each position."""
-    shard, index, _ = order.locate(np.asarray(positions, dtype=np.int64))
+    _, shard, index, _ = order.locate(np.asarray(positions, dtype=np.int64))
     return list(zip(shard.tolist(), index.tolist(), strict=True))
 
 
@@ -65,7 +65,7 @@ def test_the_block_of_a_position_is_the_run_of_neighbours_its_image_lies_in(
     sizes: list[int], lanes: int, block: int
 ) -> None:
     order = Order(sizes, seed=1, lanes=lanes, block=block)
-    shard, index, blocks = order.locate(np.arange(order.length))
+    _, shard, index, blocks = order.locate(np.arange(order.length))
     for s, i, b in zip(shard.tolist(), index.tolist(), blocks.tolist(), strict=True):
         in_shard, start, end = order.block_range(b)
         assert in_shard == s
@@ -195,7 +195,7 @@ def test_batches_of_class_sorted_data_have_all_classes_in_nearly_even_numbers() 
     sizes, classes, batch = [500] * 20, 10, 64
     labels = np.repeat(np.arange(classes), 1000)
     order = Order(sizes, seed=0, lanes=64, block=50)
-    shard, index, _ = order.locate(np.arange(order.length))
+    _, shard, index, _ = order.locate(np.arange(order.length))
     drawn = labels[shard * 500 + index]
     histograms = np.array(
         [np.bincount(drawn[i : i + batch], minlength=classes) for i in range(0, 10_000 - batch, batch)]
@@ -210,7 +210,7 @@ def test_batches_of_class_sorted_data_have_all_classes_in_nearly_even_numbers() 
 
 def test_a_batch_draws_from_as_many_blocks_as_there_are_lanes() -> None:
     order = Order([400] * 10, seed=0, lanes=32, block=25)
-    _, _, blocks = order.locate(np.arange(4000))
+    *_, blocks = order.locate(np.arange(4000))
     per_batch = [len(set(blocks[i : i + 32].tolist())) for i in range(0, 4000, 32)]
     assert min(per_batch) >= 30
     # ... and each lane stays in its block: reading on needs few new blocks.
@@ -221,7 +221,7 @@ def test_a_batch_draws_from_as_many_blocks_as_there_are_lanes() -> None:
 def test_a_lane_stays_with_its_rank_where_the_lanes_divide() -> None:
     """64 lanes over 4 ranks and a batch of 64: each block is read by one rank, but where two lanes meet in a block."""
     order = Order([1000] * 4, seed=0, lanes=64, block=50)
-    _, _, blocks = order.locate(np.arange(64 * 60))
+    *_, blocks = order.locate(np.arange(64 * 60))
     readers: dict[int, set[int]] = {}
     for position, block in enumerate(blocks.tolist()):
         readers.setdefault(block, set()).add(position % 64 % 4)

@@ -1,0 +1,176 @@
+"""Reads pieces of shards ahead of need, in bounded memory, through a disk cache if there is one.
+
+A piece is a run of neighbouring samples in one shard, fetched by one range of bytes that the manifest gives.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple
+
+from dist_gan import storage
+from dist_gan.data.disk_cache import DiskCache
+from dist_gan.data.manifest import Manifest, Shard
+from dist_gan.types import TrainingFailed, UserError
+
+
+class Source(NamedTuple):
+    """A folder of shards."""
+
+    url: str
+    manifest: Manifest
+
+
+class Piece(NamedTuple):
+    """Samples of one shard, from the first to the last."""
+
+    source: int
+    shard: int
+    first: int
+    last: int
+
+
+class Fetched(NamedTuple):
+    """The bytes of a piece."""
+
+    start: int
+    """Where they begin in the shard."""
+    data: bytes
+    """Shorter than asked for only where the shard really ends before."""
+
+
+class PieceReader:
+    """Pieces by several threads; what is held at a time, and what is on its way, is at most `memory` bytes.
+
+    Args:
+        sources: folders of shards.
+        memory: bytes of pieces to hold; a single larger piece is read all the same.
+        readers: threads.
+        patience_s: seconds that a store may stay silent.
+        cache: on a local disk.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], *, memory: int, readers: int, patience_s: float | None, cache: DiskCache | None
+    ) -> None:
+        self._sources, self._memory, self._cache = sources, memory, cache
+        self._patience = storage.Patience(patience_s)
+        self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
+        self._bytes = 0
+        self.most_bytes = 0
+        """The most that was held so far."""
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
+
+    def want(self, pieces: Iterable[Piece]) -> None:
+        """Begins to fetch what will be needed, as far as there is room."""
+        with self._lock:
+            for piece in pieces:
+                if piece in self._held:
+                    self._held.move_to_end(piece)
+                elif self._make_room(self.size(piece)):
+                    self._begin(piece)
+
+    def get(self, piece: Piece) -> Fetched:
+        """The bytes of a piece, waited for.
+
+        Raises:
+            TrainingFailed: the store does not give them.
+        """
+        with self._lock:
+            future = self._held.get(piece)
+            if future is None:
+                self._make_room(self.size(piece))
+                future = self._begin(piece)
+            else:
+                self._held.move_to_end(piece)
+        try:
+            return future.result()
+        except BaseException:
+            with self._lock:
+                if self._held.get(piece) is future:
+                    self._forget(piece)
+            raise
+
+    def fresh(self, piece: Piece) -> Fetched:
+        """The bytes of a piece as they are in the store now; what any cache says is forgotten."""
+        if self._cache is not None:
+            self._cache.drop(self._name(piece))
+        with self._lock:
+            if piece in self._held:
+                self._forget(piece)
+        return self._fetch(piece)
+
+    def size(self, piece: Piece) -> int:
+        """Bytes of a piece."""
+        shard = self._shard(piece)
+        return shard.offsets[piece.last] + shard.sizes[piece.last] - shard.offsets[piece.first]
+
+    @property
+    def retries(self) -> int:
+        """Requests that had to be made again."""
+        return self._patience.retries
+
+    def close(self) -> None:
+        """Ends the threads; a request that is being answered is waited for, one that failed is not made again."""
+        self._patience.give_up()
+        self._pool.shutdown(cancel_futures=True)
+        self._held.clear()
+        self._bytes = 0
+
+    def _begin(self, piece: Piece) -> Future[Fetched]:
+        future = self._held[piece] = self._pool.submit(self._fetch, piece)
+        self._bytes += self.size(piece)
+        self.most_bytes = max(self.most_bytes, self._bytes)
+        return future
+
+    def _forget(self, piece: Piece) -> None:
+        self._bytes -= self.size(piece)
+        del self._held[piece]
+
+    def _make_room(self, size: int) -> bool:
+        """Lets go of what was not used for longest and has arrived; whether there is room then."""
+        if self._bytes + size > self._memory:
+            for piece in [p for p, future in self._held.items() if future.done()]:
+                self._forget(piece)
+                if self._bytes + size <= self._memory:
+                    break
+        return self._bytes + size <= self._memory
+
+    def _fetch(self, piece: Piece) -> Fetched:
+        shard, size = self._shard(piece), self.size(piece)
+        start = shard.offsets[piece.first]
+        data = self._cache.get(self._name(piece), size=size) if self._cache is not None else None
+        if data is None:
+            url = storage.join(self._sources[piece.source].url, shard.name)
+            data = self._read(url, start, start + size)
+            if self._cache is not None and len(data) == size:
+                self._cache.put(self._name(piece), data)
+        return Fetched(start, data)
+
+    def _read(self, url: str, start: int, end: int) -> bytes:
+        try:
+            return storage.read_range(url, start, end, patience=self._patience)
+        except UserError:
+            raise
+        except OSError as error:
+            reason = storage.why(error)
+        except Exception as error:  # a store's client has exceptions of its own, and what they say may hold a secret
+            reason = type(error).__name__
+        raise TrainingFailed(
+            f"cannot read {storage.redact(url)}: {reason} (asked again for up to {self._patience.seconds:.0f} s, "
+            f"data.patience_s)"
+        )
+
+    def _shard(self, piece: Piece) -> Shard:
+        return self._sources[piece.source].manifest.shards[piece.shard]
+
+    def _name(self, piece: Piece) -> str:
+        """Where and what a piece is: the hash of the whole shard stands for the version of the object."""
+        shard = self._shard(piece)
+        url = storage.join(self._sources[piece.source].url, shard.name)
+        start = shard.offsets[piece.first]
+        return f"{url}\n{shard.sha256}\n{start}\n{self.size(piece)}"

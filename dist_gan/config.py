@@ -127,14 +127,10 @@ class DataOrder(Section):
     """Batches decoded ahead of need."""
     workers: Annotated[Count, Field(ge=1, le=256)] = 2
     """Threads of a process that decode."""
-    readers: Annotated[Count, Field(ge=1, le=256)] = 8
-    """Threads of a process that wait for the store."""
     memory: Annotated[Count, Field(ge=2**20)] = 2**29
     """Bytes of image files that a process may hold; where the blocks of all lanes do not fit, images are read singly."""
     cache: Annotated[Count, Field(ge=0)] = 2**28
     """Bytes that a process may keep decoded; a data set that fits is decoded once, any other at every pass."""
-    verify: bool = True
-    """Compare every image file with the manifest's CRC-32, where it has one."""
     bad_images: Literal["substitute", "fail"] = "substitute"
     """What becomes of an image that is damaged: the next sound one in its shard takes its place, or the run ends."""
     max_bad: Annotated[Real, Field(ge=0, le=1)] = 1e-3

@@ -36,7 +36,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 """File name endings that are taken for pictures, in lower case."""
 
-_CHANNELS_OF_JPEG = {"Gray": 1, "YCbCr": 3}
+_SMALL = 4096
+"""Bytes up to which a file is sooner searched than understood."""
+_CHANNELS_OF_JPEG = {"Gray": 1, "YCbCr": 3, "RGB": 3}
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _WIDE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 _ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
@@ -77,7 +79,7 @@ class Picture(NamedTuple):
     """`jpg` or `png` if every decoder gets these pixels from the file, None if one of the rules was needed."""
 
 
-def decode(data: bytes, *, name: str, out: Pixels | None = None, reduce_to: int | None = None) -> Pixels:
+def decode(data: bytes | memoryview, *, name: str, out: Pixels | None = None, reduce_to: int | None = None) -> Pixels:
     """Pixels of a picture file, HWC uint8 with 1 or 3 channels, by the module's rules; may be read-only.
 
     Args:
@@ -95,7 +97,7 @@ def decode(data: bytes, *, name: str, out: Pixels | None = None, reduce_to: int 
     return examine(data, name=name).pixels if pixels is None else pixels
 
 
-def examine(data: bytes, *, name: str) -> Picture:
+def examine(data: bytes | memoryview, *, name: str) -> Picture:
     """As `decode`, and whether the file itself is plain: an 8-bit grey or RGB JPEG or PNG, upright and opaque.
 
     Raises:
@@ -216,33 +218,56 @@ def write_png(path: str, image: Pixels) -> None:
     storage.publish(path, encode_png(image))
 
 
-def _decode_plain_jpeg(data: bytes, *, name: str, out: Pixels | None, reduce_to: int | None) -> Pixels | None:
+def _decode_plain_jpeg(
+    data: bytes | memoryview, *, name: str, out: Pixels | None, reduce_to: int | None
+) -> Pixels | None:
     """As `decode`, or None for what needs one of the rules, or may be damaged."""
-    if data[:2] != b"\xff\xd8" or b"Exif\0\0" in data or b"ns.adobe.com/xap" in data:
+    if data[:2] != b"\xff\xd8" or (_has_app1(data) and _is_turned(data)):
         return None
+    if out is not None and out.shape[2] == 3:
+        try:
+            if simplejpeg.decode_jpeg(data, buffer=out).shape == out.shape:
+                return out
+        except ValueError:
+            pass  # it may only be of another size
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             raise _too_large(name, width=width, height=height)
         if stored not in _CHANNELS_OF_JPEG:
             return None
-        smallest = 0
-        if reduce_to is not None and min(height, width) >= 4 * reduce_to:
-            smallest = 2 * reduce_to
-        elif out is None or out.shape != (height, width, _CHANNELS_OF_JPEG[stored]):
-            out = None
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            data,
-            "GRAY" if stored == "Gray" else "RGB",
-            min_height=smallest,
-            min_width=smallest,
-            buffer=None if smallest else out,
-        )
+        smallest = 2 * reduce_to if reduce_to is not None and min(height, width) >= 4 * reduce_to else 0
+        colours = "GRAY" if stored == "Gray" else "RGB"
+        pixels: Pixels = simplejpeg.decode_jpeg(data, colours, min_height=smallest, min_width=smallest)
     except BadImage:
         raise
     except ValueError:
         return None
     return pixels
+
+
+def _has_app1(data: bytes | memoryview) -> bool:
+    """Whether a JPEG has a segment that may hold EXIF or XMP; such stand before the picture's own data."""
+    if len(data) < _SMALL:
+        return b"\xff\xe1" in bytes(data)
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        kind = data[at + 1 : at + 2]
+        if kind == b"\xda":
+            return False
+        if kind == b"\xe1":
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
+
+
+def _is_turned(data: bytes | memoryview) -> bool:
+    """Whether a JPEG with an application segment of kind 1 (EXIF or XMP) may have to be turned."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return not image.info.keys().isdisjoint(_ORIENTATION_SOURCES) and _orientation(image) != 1
+    except Exception:
+        return True  # whatever is wrong, Pillow says it where it decodes
 
 
 def _too_large(name: str, *, width: int, height: int) -> BadImage:
@@ -254,7 +279,7 @@ def _check_size(image: Image.Image, *, name: str) -> None:
         raise _too_large(name, width=image.width, height=image.height)
 
 
-def _reason(error: Exception, data: bytes | None) -> str:
+def _reason(error: Exception, data: bytes | memoryview | None) -> str:
     if data is not None and not data:
         return "the file is empty"
     if isinstance(error, Image.DecompressionBombError):
@@ -264,7 +289,7 @@ def _reason(error: Exception, data: bytes | None) -> str:
     return f"cannot be decoded ({error})"
 
 
-def _plain_extension(image: Image.Image, data: bytes) -> str | None:
+def _plain_extension(image: Image.Image, data: bytes | memoryview) -> str | None:
     if image.format == "JPEG":
         return "jpg"
     # Byte 24 of a PNG is its bit depth: Pillow shows 2, 4 and 16 bits under the modes of 8.

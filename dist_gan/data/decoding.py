@@ -25,7 +25,7 @@ from dist_gan.types import TrainingFailed
 
 Pixels = NDArray[np.uint8]
 Sample = dict[str, Any]
-"""`__key__`, `__url__`, perhaps `label`; `image`, the bytes of the file, until it is decoded; then `pixels`, uint8 HWC."""
+"""`__key__`, `__url__` of the shard, `pixels` (uint8 HWC), and `label` where there are labels."""
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
 """A user's own step after decoding: yields one sample for each that it takes, in their order."""
@@ -51,7 +51,6 @@ class Decoder:
         reader: of their pieces.
         rows: rows that may take the place of a damaged one, by source and shard.
         shape: HWC that images are brought to, by the rules of packing.
-        verify: whether to compare with the manifest's CRC-32.
         substitute: whether a damaged image is replaced; otherwise it ends the run.
         kept: what has been decoded already, where all of it fits into memory.
     """
@@ -63,44 +62,37 @@ class Decoder:
         *,
         rows: Sequence[Sequence[Integers]],
         shape: tuple[int, int, int],
-        verify: bool,
         substitute: bool,
         kept: Kept | None = None,
     ) -> None:
         self.reader = reader
         self._sources, self._rows, self._shape, self._kept = sources, rows, shape, kept
-        self._verify, self._substitute = verify, substitute
+        self._substitute = substitute
+        self._urls = [[storage.join(source.url, s.name) for s in source.manifest.shards] for source in sources]
         self._lock = Lock()
         self._damaged: list[Damage] = []
         self._in_place_of: dict[tuple[int, int, int], int] = {}
 
-    def read(self, places: Iterable[Place], out: Pixels) -> Iterator[Sample]:
-        """Samples with the bytes of their image files; `out` (NHWC) is where their pixels may go."""
-        for place, pixels in zip(places, out, strict=True):
-            instead = self._in_place_of.get(place[:3])
-            if instead is not None:
-                place = _alone(place, instead)
-            sample = self._described(place) | {"place": place, "out": pixels}
-            if self._kept is None or not self._kept.take(place, pixels):
-                sample["image"] = self._bytes(place, self.reader.get(place.piece))
-            yield sample
+    def samples(self, places: Iterable[Place], out: Sequence[Pixels]) -> Iterator[Sample]:
+        """Decoded samples of some places; `out` is where the pixels of each may go.
 
-    def decode(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pipeline stage: bytes to pixels of the wanted shape."""
-        for sample in samples:
-            place, out = sample.pop("place"), sample.pop("out")
-            if "image" not in sample:
-                sample["pixels"] = out
-                yield sample
+        Raises:
+            TrainingFailed: the store does not give an image, or one is damaged and nothing may take its place.
+        """
+        kept = self._kept
+        for place, pixels in zip(places, out, strict=True):
+            if self._in_place_of and place[:3] in self._in_place_of:
+                place = _alone(place, self._in_place_of[place[:3]])
+            if kept is not None and kept.take(place, pixels):
+                yield self._sample(place, pixels)
                 continue
             try:
-                sample["pixels"] = self._pixels(place, sample.pop("image"), out)
+                decoded = self._pixels(place, self.reader.get(place.piece), pixels)
             except images.BadImage:
-                place, sample["pixels"] = self._again_or_instead(place, out)
-                sample |= self._described(place)
-            if self._kept is not None:
-                self._kept.put(place, sample["pixels"])
-            yield sample
+                place, decoded = self._again_or_instead(place, pixels)
+            if kept is not None:
+                kept.put(place, decoded)
+            yield self._sample(place, decoded)
 
     def damaged(self) -> list[Damage]:
         """Images found damaged since the last call."""
@@ -108,45 +100,42 @@ class Decoder:
             found, self._damaged = self._damaged, []
         return found
 
-    def _described(self, place: Place) -> Sample:
+    def _sample(self, place: Place, pixels: Pixels) -> Sample:
         entry = self._sources[place.source].manifest.shards[place.shard]
         sample: Sample = {
-            "__key__": entry.keys[place.row], "__url__": storage.join(self._sources[place.source].url, entry.name)
+            "__key__": entry.keys[place.row], "__url__": self._urls[place.source][place.shard], "pixels": pixels
         }  # fmt: skip
         if entry.labels is not None:
             sample["label"] = entry.labels[place.row]
         return sample
 
-    def _bytes(self, place: Place, fetched: Fetched) -> bytes:
-        entry = self._sources[place.source].manifest.shards[place.shard]
-        offset = entry.offsets[place.row] - fetched.start
-        return fetched.data[offset : offset + entry.sizes[place.row]]
-
-    def _pixels(self, place: Place, data: bytes, out: Pixels) -> Pixels:
+    def _pixels(self, place: Place, fetched: Fetched, out: Pixels) -> Pixels:
         """The decoded image.
 
         Raises:
             BadImage: it is damaged.
         """
+        _, _, row, _ = place
         entry = self._sources[place.source].manifest.shards[place.shard]
-        key = entry.keys[place.row]
-        if len(data) != entry.sizes[place.row]:
-            raise images.BadImage(key, f"{len(data):,} of its {entry.sizes[place.row]:,} bytes are there")
-        if self._verify and entry.crc32 is not None and zlib.crc32(data) != entry.crc32[place.row]:
-            raise images.BadImage(key, "its bytes do not have the CRC-32 of the manifest")
-        pixels = images.decode(data, name=key, out=out, reduce_to=self._shape[0])
-        if pixels.shape != self._shape:
-            pixels = images.fit(pixels, resolution=self._shape[0], channels=self._shape[2], name=key)
+        size, offset = entry.sizes[row], entry.offsets[row] - fetched.start
+        data = memoryview(fetched.data)[offset : offset + size]
+        if len(data) != size:
+            raise images.BadImage(entry.keys[row], f"{len(data):,} of its {size:,} bytes are there")
+        if entry.crc32 is not None and zlib.crc32(data) != entry.crc32[row]:
+            raise images.BadImage(entry.keys[row], "its bytes do not have the CRC-32 of the manifest")
+        pixels = images.decode(data, name=entry.keys[row], out=out, reduce_to=self._shape[0])
+        if pixels is not out and pixels.shape != self._shape:
+            pixels = images.fit(pixels, resolution=self._shape[0], channels=self._shape[2], name=entry.keys[row])
         return pixels
 
     def _again_or_instead(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
         """The image after all, read from the store once more; or the one that takes its place."""
         alone = _alone(place, place.row)
         try:
-            return place, self._pixels(alone, self._bytes(alone, self.reader.fresh(alone.piece)), out)
+            return place, self._pixels(alone, self.reader.fresh(alone.piece), out)
         except images.BadImage as error:
             bad = error
-        url = storage.redact(self._described(place)["__url__"])
+        url = storage.redact(self._urls[place.source][place.shard])
         if not self._substitute:
             raise TrainingFailed(
                 f"{url}: {bad}; run `dist-gan verify {storage.redact(self._sources[place.source].url)}` to find all such "
@@ -155,7 +144,7 @@ class Decoder:
         for row in islice(self._neighbours(place), _TRIES):
             other = _alone(place, row)
             try:
-                pixels = self._pixels(other, self._bytes(other, self.reader.fresh(other.piece)), out)
+                pixels = self._pixels(other, self.reader.fresh(other.piece), out)
             except images.BadImage:
                 continue
             with self._lock:

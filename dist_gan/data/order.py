@@ -5,7 +5,8 @@ laid end to end; that line is cut into equal lanes; position i of the pass is pl
 inside a block the images are permuted too. A batch thus draws from `lanes` different blocks, each of which is one
 contiguous read, and any position is found in O(log blocks) without replaying what came before.
 
-All permutations are orders of counter-based random words (dist_gan.draws), keyed by the pass and the block.
+All permutations are orders of words that a hash makes of seed, pass and block (SHAKE-128): no generator, no state, and
+the same on every machine.
 
 A mixture deals positions to several orders by whole-numbered weights: of every `sum(weights)` positions in a row that
 begin at a multiple of it, each order gets exactly its weight, in a permuted arrangement, and goes on where it was.
@@ -20,10 +21,7 @@ from math import gcd
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from dist_gan.draws import Draws
 
 Integers = NDArray[np.int64]
 
@@ -57,8 +55,7 @@ class Order:
         assert lanes > 0
         assert block > 0
         self._lanes = min(lanes, self.length)
-        self._draws = Draws(seed)
-        self._name = name
+        self._seed, self._name = seed, name
         starts, sizes, shards = [], [], []
         for shard, size in enumerate(shard_sizes):
             for start in range(0, size, block):
@@ -68,17 +65,14 @@ class Order:
         self._shards, self._starts, self._sizes = (np.array(x, dtype=np.int64) for x in (shards, starts, sizes))
         self._line_of_pass = lru_cache(maxsize=2)(self._permuted_blocks)
         self._inside_block = lru_cache(maxsize=4 * self._lanes + 64)(self._permuted_images)
-
-    @property
-    def orders(self) -> tuple[Order, ...]:
+        self.orders: tuple[Order, ...] = (self,)
         """What `Places.order` counts."""
-        return (self,)
 
     def locate(self, positions: Integers) -> Places:
         """Where the images of some positions are (any position from 0 on)."""
         blocks, inside, passes = self._in_blocks(positions)
-        for row in range(len(blocks)):
-            inside[row] = self._inside_block(int(passes[row]), int(blocks[row]))[inside[row]]
+        rows = zip(passes.tolist(), blocks.tolist(), inside.tolist(), strict=True)
+        inside = np.array([self._inside_block(number, block)[at] for number, block, at in rows], dtype=np.int64)
         return Places(np.zeros_like(blocks), self._shards[blocks], self._starts[blocks] + inside, blocks)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
@@ -112,11 +106,12 @@ class Order:
         return lane * quotient + np.minimum(lane, remainder) + depth
 
     def _permuted_blocks(self, number: int) -> tuple[Integers, Integers]:
-        order = _permutation(self._draws, f"{self._name}/blocks", number, 0, len(self._sizes))
+        order = _permutation(self._seed, f"{self._name}/blocks", number, 0, len(self._sizes))
         return order, np.cumsum(self._sizes[order])
 
-    def _permuted_images(self, number: int, block: int) -> Integers:
-        return _permutation(self._draws, f"{self._name}/images", number, block + 1, int(self._sizes[block]))
+    def _permuted_images(self, number: int, block: int) -> list[int]:
+        order = _permutation(self._seed, f"{self._name}/images", number, block + 1, int(self._sizes[block]))
+        return order.tolist()
 
 
 class Mixture:
@@ -139,7 +134,7 @@ class Mixture:
         self._weights = np.array([w // common for w in weights], dtype=np.int64)
         self._ends = np.cumsum(self._weights)
         self._cycle = int(self._ends[-1])
-        self._draws, self._name = Draws(seed), name
+        self._seed, self._name = seed, name
         self._arrangement = lru_cache(maxsize=64)(self._arranged)
         self.orders: tuple[Order, ...] = tuple(order for part in parts for order in part.orders)
         """What `Places.order` counts."""
@@ -178,7 +173,7 @@ class Mixture:
 
     def _arranged(self, cycle: int) -> tuple[Integers, Integers]:
         """Part of each offset in a cycle, and how many of that part came before it in the cycle."""
-        order = _permutation(self._draws, f"{self._name}/parts", cycle, 0, self._cycle)
+        order = _permutation(self._seed, f"{self._name}/parts", cycle, 0, self._cycle)
         owner = np.searchsorted(self._ends, order, side="right")
         nth = np.empty_like(owner)
         for part in range(len(self._parts)):
@@ -187,11 +182,10 @@ class Mixture:
         return owner.astype(np.int64), nth.astype(np.int64)
 
 
-def _permutation(draws: Draws, purpose: str, number: int, slot: int, length: int) -> Integers:
-    """A permutation of 0..length-1: the order of as many random numbers of 64 bits."""
-    words = draws.words(purpose, draw=number, slots=torch.tensor([slot]), count=2 * length)[0].numpy()
-    keys = (words[:length].astype(np.uint64) << np.uint64(32)) | words[length:].astype(np.uint64)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+def _permutation(seed: int, purpose: str, number: int, slot: int, length: int) -> Integers:
+    """A permutation of 0..length-1: the order of as many 64-bit words of SHAKE-128 over what names it."""
+    words = hashlib.shake_128(f"{seed}/{purpose}/{number}/{slot}".encode()).digest(8 * length)
+    return np.argsort(np.frombuffer(words, "<u8"), kind="stable").astype(np.int64)
 
 
 def held_out(keys: Sequence[str], *, share: float) -> NDArray[np.bool_]:

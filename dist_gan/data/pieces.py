@@ -16,6 +16,9 @@ from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest, Shard
 from dist_gan.types import TrainingFailed, UserError
 
+READERS = 16
+"""Threads of a process that wait for a store."""
+
 
 class Source(NamedTuple):
     """A folder of shards."""
@@ -48,22 +51,24 @@ class PieceReader:
     Args:
         sources: folders of shards.
         memory: bytes of pieces to hold; a single larger piece is read all the same.
-        readers: threads.
         patience_s: seconds that a store may stay silent.
         cache: on a local disk.
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, memory: int, readers: int, patience_s: float | None, cache: DiskCache | None
+        self, sources: Sequence[Source], *, memory: int, patience_s: float | None, cache: DiskCache | None
     ) -> None:
         self._sources, self._memory, self._cache = sources, memory, cache
         self._patience = storage.Patience(patience_s)
         self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
+        """Least recently wanted first."""
+        self._arrived: dict[Piece, Fetched] = {}
+        """Those of them that somebody has waited for already."""
         self._bytes = 0
         self.most_bytes = 0
         """The most that was held so far."""
         self._lock = Lock()
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def want(self, pieces: Iterable[Piece]) -> None:
         """Begins to fetch what will be needed, as far as there is room."""
@@ -80,20 +85,25 @@ class PieceReader:
         Raises:
             TrainingFailed: the store does not give them.
         """
+        arrived = self._arrived.get(piece)
+        if arrived is not None:
+            return arrived
         with self._lock:
             future = self._held.get(piece)
             if future is None:
                 self._make_room(self.size(piece))
                 future = self._begin(piece)
-            else:
-                self._held.move_to_end(piece)
         try:
-            return future.result()
+            fetched = future.result()
         except BaseException:
             with self._lock:
                 if self._held.get(piece) is future:
                     self._forget(piece)
             raise
+        with self._lock:
+            if self._held.get(piece) is future:
+                self._arrived[piece] = fetched
+        return fetched
 
     def fresh(self, piece: Piece) -> Fetched:
         """The bytes of a piece as they are in the store now; what any cache says is forgotten."""
@@ -119,6 +129,7 @@ class PieceReader:
         self._patience.give_up()
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
+        self._arrived.clear()
         self._bytes = 0
 
     def _begin(self, piece: Piece) -> Future[Fetched]:
@@ -130,6 +141,7 @@ class PieceReader:
     def _forget(self, piece: Piece) -> None:
         self._bytes -= self.size(piece)
         del self._held[piece]
+        self._arrived.pop(piece, None)
 
     def _make_room(self, size: int) -> bool:
         """Lets go of what was not used for longest and has arrived; whether there is room then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from dist_gan import storage
 from dist_gan.config import DataOrder
 from dist_gan.data.order import Integers, Mixture, Order, held_out
-from dist_gan.data.pieces import Piece, Source
+from dist_gan.data.pieces import READERS, Piece, Source
 from dist_gan.types import UserError
 
 _SLACK = 2**22
@@ -76,6 +77,8 @@ class Plan:
         lanes = min(section.lanes, len(slots)) if aligned and len(parts) == 1 else section.lanes
         if section.lanes > batch and aligned:
             lanes = section.lanes * len(slots) // batch
+        self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
+        self._look_every = max(1, section.block * section.lanes // (8 * batch))
         blocks = 2 * lanes * len(parts) * self._largest_block(sources) + _SLACK
         self.by_block = not section.balance and blocks <= section.memory
         self.memory = blocks if self.by_block else section.memory
@@ -89,28 +92,34 @@ class Plan:
         """Where the images of some positions are."""
         found = self._order.locate(positions)
         places = []
-        for order, shard, index, block in zip(*(column.tolist() for column in found), strict=True):
-            leaf = self._leaves[order]
-            row = int(leaf.rows[shard][index])
-            piece = self._block(order, block) if self.by_block else Piece(leaf.source, shard, row, row)
-            places.append(Place(leaf.source, shard, row, piece))
+        for order, shard, nth, block in zip(*(column.tolist() for column in found), strict=True):
+            source, rows = self._leaves[order]
+            row = int(rows[shard][nth])
+            piece = self._block(order, block) if self.by_block else Piece(source, shard, row, row)
+            places.append(Place(source, shard, row, piece))
         return places
 
     def of_draw(self, draw: int) -> list[Place]:
         """This rank's images of a global batch."""
         return self.places(draw * self._batch + self._slots)
 
+    def looks_ahead_at(self, draw: int) -> bool:
+        """Whether `ahead_of` is to be asked at a draw: a lane stays with a block for long, so not at each."""
+        return not self.by_block or draw % self._look_every == 0
+
     def ahead_of(self, draw: int) -> Iterator[Piece]:
         """What this rank is going to need some time after a draw: each lane's next block, or later draws' images."""
         if self.by_block:
-            later = draw * self._batch + self._slots + self._section.block * self._section.lanes
+            draws = np.arange(draw, draw + self._look_every, max(1, self._look_every // 2))
+            starts = draws * self._batch + self._section.block * self._section.lanes
+            later = (starts[:, None] + self._slots).reshape(-1)
             for order, block in dict.fromkeys(self._order.blocks_at(later)):
                 yield self._block(order, block)
         else:
-            draws = max(self._section.prefetch, -(-4 * self._section.readers // len(self._slots)))
-            yield from (place.piece for place in self.of_draw(draw + draws))
+            ahead = max(self._section.prefetch, -(-4 * READERS // len(self._slots)))
+            yield from (place.piece for place in self.of_draw(draw + ahead))
 
-    def _block(self, order: int, block: int) -> Piece:
+    def _piece_of_block(self, order: int, block: int) -> Piece:
         leaf = self._leaves[order]
         shard, start, end = self._order.orders[order].block_range(block)
         return Piece(leaf.source, shard, int(leaf.rows[shard][start]), int(leaf.rows[shard][end - 1]))

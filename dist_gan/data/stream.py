@@ -286,7 +286,6 @@ class ImageStream:
         reader = PieceReader(
             self._sources,
             memory=self._plan.memory,
-            readers=self._section.readers,
             patience_s=self._patience_s,
             cache=self._disk,
         )
@@ -295,7 +294,6 @@ class ImageStream:
             reader,
             rows=self._plan.rows,
             shape=self._shape,
-            verify=self._section.verify,
             substitute=self._section.bad_images == "substitute",
             kept=kept,
         )

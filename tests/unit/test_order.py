@@ -157,7 +157,7 @@ def test_passes_seeds_and_settings_differ() -> None:
         located(Order(sizes, **base | {"block": 11}), range(120)),
     ]
     for other in others:
-        assert sum(a == b for a, b in zip(first, other, strict=True)) < 12
+        assert sum(a == b for a, b in zip(first, other, strict=True)) < 30
 
 
 def test_neighbouring_passes_are_independent_and_their_border_is_seamless() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 from threading import Event
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -108,8 +108,14 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     local = local_path(url)
     if local is not None:
         return fsspec.filesystem("file"), str(local.absolute())
+    options: dict[str, Any] = {}
+    if scheme_of(url) == "s3":
+        # One try a request: asking again, and for how long, is for Patience to decide and to count.
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30}
     try:
-        filesystem, path = url_to_fs(url)
+        filesystem, path = url_to_fs(url, **options)
+        if scheme_of(url) == "s3":
+            filesystem.retries = 1
     except ImportError as error:
         raise UserError(
             f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed; "
@@ -255,14 +261,15 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
             part = bytes(filesystem.cat_file(path, start=at, end=until))
             if len(part) > until - at:
                 raise ConnectionError(f"{len(part):,} bytes came for {until - at:,}")
-            parts.append(part)
-            at += len(part)
+            if part:
+                parts.append(part)
+                at += len(part)
+                began, number = time.monotonic(), 0
             if at < until:
                 filesystem.invalidate_cache()
                 if int(filesystem.size(path)) <= at:
                     break
                 raise ConnectionError(f"{len(part):,} of {until - at + len(part):,} bytes came")
-            began, number = time.monotonic(), 0
         except Exception as error:
             if local_path(url) is not None:
                 raise

@@ -222,6 +222,7 @@ class Clock:
             "time/images_per_second": (images - self._images) / seconds,
             "time/data_wait_share": (waited - self._waited) / seconds,
             "time/peak_memory_gib": runtime.peak_memory_bytes() / 2**30,
+            "data/retries": float(self._stream.retries),
         }
         self._images, self._since, self._waited = images, now, waited
         return values
@@ -235,7 +236,8 @@ def _due(before: int, now: int, every: int, total: int) -> bool:
 def _counters(state: TrainState) -> Scalars:
     recovery = state.recovery
     skipped = {f"skipped/{name}": float(count) for name, count in recovery.skipped.items()}
-    return skipped | {"recovery/rollbacks": float(recovery.rollbacks)}
+    data = {"data/damaged": float(state.stream.num_damaged)}
+    return skipped | {"recovery/rollbacks": float(recovery.rollbacks)} | data
 
 
 def _moving(knobs: Scalars) -> Scalars:

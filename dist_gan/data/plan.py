@@ -14,9 +14,6 @@ from dist_gan.data.order import Integers, Mixture, Order, held_out
 from dist_gan.data.pieces import READERS, Piece, Source
 from dist_gan.types import UserError
 
-_SLACK = 2**22
-"""Bytes beside the lanes' blocks: for neighbours that take a damaged image's place, and the like."""
-
 
 class Place(NamedTuple):
     """One image: which source, shard and row; and the piece that is read with it."""
@@ -79,7 +76,8 @@ class Plan:
             lanes = section.lanes * len(slots) // batch
         self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
         self._look_every = max(1, section.block * section.lanes // (8 * batch))
-        blocks = 2 * lanes * len(parts) * self._largest_block(sources) + _SLACK
+        # Each lane's block and the next one; and a little, for what takes a damaged image's place.
+        blocks = (2 * lanes * len(parts) + 2) * self._largest_block(sources)
         self.by_block = not section.balance and blocks <= section.memory
         self.memory = blocks if self.by_block else section.memory
 

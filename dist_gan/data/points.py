@@ -21,6 +21,7 @@ class PointStream:
     def __init__(self, section: PointsData, *, classes: int, slots: Tensor, draws: Draws) -> None:
         self.draw = 0
         self.waited_s = 0.0
+        self.retries = self.num_damaged = 0
         self.fingerprint = f"points/{section.modes}/{section.radius}/{section.sigma}/seed={draws.seed}"
         self._section, self._labelled, self._slots, self._draws = section, classes > 0, slots, draws
 

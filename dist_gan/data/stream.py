@@ -34,6 +34,16 @@ class Stream(Protocol):
     draw: int
     waited_s: float
 
+    @property
+    def retries(self) -> int:
+        """Requests to the store that this rank had to make again."""
+        ...
+
+    @property
+    def num_damaged(self) -> int:
+        """Images known to be damaged, over all ranks."""
+        ...
+
     def next(self) -> Batch:
         """This rank's part of the next global batch."""
         ...
@@ -106,7 +116,6 @@ class ImageStream:
         stages: a user's own steps after decoding.
 
     Attributes:
-        retries: requests to the store that had to be made again.
         most_bytes: the most bytes of image files that were held at a time.
 
     Raises:
@@ -131,8 +140,8 @@ class ImageStream:
             check_fit(source.url, source.manifest, resolution=resolution, channels=channels, classes=classes)
         self.draw = 0
         self.waited_s = 0.0
-        self.retries = 0
         self.most_bytes = 0
+        self._past_retries = 0
         self._section, self._slots, self._draws, self._stages = section, slots, draws, tuple(stages)
         self._shape, self._labelled = (resolution, resolution, channels), classes > 0
         self._plan = Plan(sources, section=section, seed=draws.seed, batch=batch, slots=slots.numpy())
@@ -155,6 +164,16 @@ class ImageStream:
         self._ahead: Ahead | None = None
         self._staged: _OnDevice | None = None
         self._side = torch.cuda.Stream(draws.device) if draws.device.type == "cuda" else None
+
+    @property
+    def retries(self) -> int:
+        """Requests to the store that this rank had to make again."""
+        return self._past_retries + (self._ahead.decoder.reader.retries if self._ahead is not None else 0)
+
+    @property
+    def num_damaged(self) -> int:
+        """Images known to be damaged, over all ranks."""
+        return len(self._damage)
 
     # -- batches --------------------------------------------------------------------------------------------------
 
@@ -196,9 +215,9 @@ class ImageStream:
     def close(self) -> None:
         """Ends the threads that run ahead."""
         if self._ahead is not None:
-            self._ahead.close()
-            self._let_go(self._ahead.decoder)
-            self._ahead = None
+            ahead, self._ahead = self._ahead, None
+            ahead.close()
+            self._let_go(ahead.decoder)
         self._staged = None
 
     # -- damage ---------------------------------------------------------------------------------------------------
@@ -300,7 +319,7 @@ class ImageStream:
 
     def _let_go(self, decoder: Decoder) -> None:
         decoder.reader.close()
-        self.retries += decoder.reader.retries
+        self._past_retries += decoder.reader.retries
         self.most_bytes = max(self.most_bytes, decoder.reader.most_bytes)
 
     def _decoded(self, decoder: Decoder, places: Sequence[Place]) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:

@@ -19,7 +19,7 @@ from dist_gan.types import TrainingFailed
 from tests.conftest import free_port
 from tests.services.test_checkpoint import Part, checkpointer, saved
 
-AWAY_S = 6.0
+AWAY_S = 30.0
 
 
 @pytest.fixture

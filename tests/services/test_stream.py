@@ -245,3 +245,95 @@ def test_a_stage_that_changes_the_sequence_or_the_shape_ends_the_run(
     source = stream(small_shards, stages=[stage])
     with pytest.raises(TrainingFailed, match=told):
         source.next()
+
+
+# -- balanced and mixed -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images: 240 of class 0, 50 of class 1, 10 of class 2."""
+    folder = tmp_path_factory.mktemp("uneven")
+    labels = np.repeat([0, 1, 2], [240, 50, 10])
+    source = ArraySource(random_images(300, resolution=16, seed=5), labels, class_names=("many", "some", "few"))
+    pack(source, str(folder), samples_per_shard=64, workers=1)
+    return folder
+
+
+def test_balanced_drawing_shows_every_class_equally_often_and_each_class_image_by_image(uneven_shards: Path) -> None:
+    source = stream(uneven_shards, classes=3, batch=30, balance=True)
+    batches = [source.next() for _ in range(24)]
+    source.close()
+    for batch in batches:
+        assert np.bincount(batch.labels.numpy(), minlength=3).tolist() == [10, 10, 10]
+    keys = [
+        key for batch in batches for key, label in zip(batch.keys, batch.labels.tolist(), strict=True) if label == 2
+    ]
+    for start in range(0, 240, 10):
+        assert len(set(keys[start : start + 10])) == 10, "each pass over the smallest class shows each image once"
+    many = [k for batch in batches for k, label in zip(batch.keys, batch.labels.tolist(), strict=True) if label == 0]
+    assert len(set(many)) == len(many) == 240
+
+
+def test_balance_needs_classes(tmp_path: Path) -> None:
+    pack(ArraySource(random_images(20, resolution=16)), str(tmp_path), workers=1)
+    with pytest.raises(UserError, match=r"data.balance: the images of .* have no classes"):
+        stream(tmp_path, classes=0, balance=True)
+
+
+def mixed(
+    urls: dict[Path, int], *, rank: int = 0, world_size: int = 1, batch: int = 20, **order: object
+) -> ImageStream:
+    first = str(next(iter(urls)))
+    return ImageStream(
+        [(Source(str(url), read_manifest(str(url))), weight) for url, weight in urls.items()],
+        section=ShardsData(url=first, **{"lanes": 8, "block": 16} | order),  # type: ignore[arg-type]
+        resolution=16, channels=3, classes=0, batch=batch, slots=torch.arange(rank, batch, world_size), draws=Draws(0),
+    )  # fmt: skip
+
+
+def test_a_mixture_is_exact_and_the_same_over_ranks_and_interruptions(small_shards: Path, uneven_shards: Path) -> None:
+    urls = {small_shards: 3, uneven_shards: 1}
+    alone = mixed(urls)
+    batches = [alone.next() for _ in range(60)]
+    parts = [mixed(urls, rank=rank, world_size=2) for rank in range(2)]
+    parts[1].seek(30)
+    for number, batch in enumerate(batches[:10]):
+        assert batch.keys[0::2] == parts[0].next().keys, number
+        assert batches[30 + number].keys[1::2] == parts[1].next().keys
+    for source in (alone, *parts):
+        source.close()
+    single = stream(small_shards, classes=0, batch=15)
+    wanted = [single.next() for _ in range(40)]
+    single.close()
+    got = torch.cat([batch.images for batch in batches[:40]])
+    first = {image.numpy().tobytes() for batch in wanted for image in batch.images}
+    assert sum(image.numpy().tobytes() in first for image in got) == 600, "three of every four"
+
+
+def test_a_mixture_has_another_order_than_any_other_weights(small_shards: Path, uneven_shards: Path) -> None:
+    kept = mixed({small_shards: 3, uneven_shards: 1}).values()
+    for other in ({small_shards: 1, uneven_shards: 1}, {small_shards: 3}, {uneven_shards: 3, small_shards: 1}):
+        with pytest.raises(UserError, match="not those of the checkpoint"):
+            mixed(other).load_values(kept)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "by_block"), [(2**29, True), (2**20, False)])
+def test_what_is_held_stays_within_its_bound(tmp_path: Path, memory: int, by_block: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 32, 32, 3), dtype=np.uint8)
+    pack(ArraySource(pixels), str(tmp_path), samples_per_shard=300, workers=1)
+    source = stream(tmp_path, classes=0, cache=0, memory=memory, lanes=16, block=32)
+    assert source._plan.by_block == by_block
+    assert source._plan.memory <= memory
+    keys = keys_of(source, 150)
+    assert sorted(k for batch in keys[:75] for k in batch) == sorted(k for batch in keys[75:] for k in batch)
+    assert 0 < source.most_bytes <= source._plan.memory
+
+
+def test_a_piece_that_is_read_singly_gives_the_same_images_as_a_block(small_shards: Path) -> None:
+    blocks, singles = stream(small_shards, cache=0), stream(small_shards, cache=0)
+    singles._plan.by_block = False
+    assert keys_of(blocks, 40) == keys_of(singles, 40)

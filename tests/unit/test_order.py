@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dist_gan.data.order import Order, held_out
+from dist_gan.data.order import Mixture, Order, held_out
 from dist_gan.runtime import Runtime
 
 Pairs = list[tuple[int, int]]
@@ -293,3 +293,67 @@ def test_a_share_of_zero_holds_out_none() -> None:
     assert not held_out(KEYS, share=0).any()
     assert held_out([], share=0.5).shape == (0,)
     assert held_out([], share=0).dtype == held_out(KEYS[:1], share=0.5).dtype == np.bool_
+
+
+# -- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def part_orders(sizes: list[int], *, seed: int) -> list[Order]:
+    return [Order([size], seed=seed, lanes=4, block=5, name=f"part-{k}") for k, size in enumerate(sizes)]
+
+
+mixtures = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=5)
+
+
+@quick
+@given(parts=mixtures, seed=st.integers(0, 99), cycles=st.integers(1, 20), first=st.integers(0, 50))
+def test_of_every_cycle_each_part_of_a_mixture_gets_exactly_its_weight(
+    parts: list[tuple[int, int]], seed: int, cycles: int, first: int
+) -> None:
+    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
+    mixture = Mixture(part_orders(sizes, seed=seed), weights, seed=seed)
+    cycle = sum(weights)
+    positions = np.arange(first * cycle, (first + cycles) * cycle)
+    owner = mixture.locate(positions).order.reshape(cycles, cycle)
+    for part, weight in enumerate(weights):
+        assert ((owner == part).sum(axis=1) == weight).all()
+
+
+@quick
+@given(parts=mixtures, seed=st.integers(0, 99), count=st.integers(1, 300))
+def test_each_part_of_a_mixture_goes_through_its_own_order_without_gap_or_repeat(
+    parts: list[tuple[int, int]], seed: int, count: int
+) -> None:
+    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
+    places = Mixture(part_orders(sizes, seed=seed), weights, seed=seed).locate(np.arange(count))
+    for part, order in enumerate(part_orders(sizes, seed=seed)):
+        mine = places.order == part
+        alone = order.locate(np.arange(int(mine.sum())))
+        assert np.array_equal(places.nth[mine], alone.nth)
+        assert np.array_equal(places.block[mine], alone.block)
+
+
+@quick
+@given(parts=mixtures, positions=st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
+def test_a_place_in_a_mixture_needs_no_history(parts: list[tuple[int, int]], positions: list[int]) -> None:
+    sizes, weights = [size for size, _ in parts], [weight for _, weight in parts]
+    together = Mixture(part_orders(sizes, seed=1), weights, seed=1).locate(np.array(positions))
+    blocks = Mixture(part_orders(sizes, seed=1), weights, seed=1).blocks_at(np.array(positions))
+    for row, position in enumerate(positions):
+        alone = Mixture(part_orders(sizes, seed=1), weights, seed=1).locate(np.array([position]))
+        assert [column[0] for column in alone] == [column[row] for column in together]
+        assert blocks[row] == (together.order[row], together.block[row])
+
+
+def test_a_mixture_of_mixtures_numbers_the_orders_through() -> None:
+    inner = Mixture(part_orders([6, 6], seed=1), [1, 1], seed=1, name="classes")
+    mixture = Mixture([inner, Order([10], seed=1, lanes=2, block=2)], [1, 1], seed=1)
+    assert len(mixture.orders) == 3
+    counts = np.bincount(mixture.locate(np.arange(400)).order)
+    assert counts.tolist() == [100, 100, 200]
+
+
+def test_parts_of_a_mixture_are_not_in_step() -> None:
+    places = Mixture(part_orders([50, 50], seed=3), [1, 1], seed=3).locate(np.arange(100))
+    one, other = (places.nth[places.order == part] for part in (0, 1))
+    assert (one == other).sum() < 10

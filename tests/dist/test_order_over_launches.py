@@ -46,7 +46,7 @@ def test_the_keys_of_four_launches_with_kills_between_are_those_of_one_process(
     assert firsts[0] == 0
     assert firsts == sorted(set(firsts)), "each launch went on later than the one before it began"
     whole: list[list[str]] = []
-    for leg, first, end in zip(legs, firsts, firsts[1:], strict=True):
+    for leg, first, end in zip(legs, firsts[:-1], firsts[1:], strict=True):
         assert list(leg)[: end - first] == list(range(first, end)), "no gap within a launch, up to where the next resumed"
         whole += [leg[draw] for draw in range(first, end)]
     alone = drawn(

@@ -252,6 +252,11 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
     Raises:
         OSError and what the store's client raises: it has no such file, refuses, or has been silent for too long.
     """
+    local = local_path(url)
+    if local is not None:
+        with open(local, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
     filesystem, path = _filesystem(url)
     parts: list[bytes] = []
     at, began, number = start, time.monotonic(), 0
@@ -271,11 +276,20 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
                     break
                 raise ConnectionError(f"{len(part):,} of {until - at + len(part):,} bytes came")
         except Exception as error:
-            if local_path(url) is not None:
-                raise
             patience.wait(number, began, error)
             number += 1
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def will_read(path: Path, start: int, end: int) -> None:
+    """Tells the kernel which bytes of a local file are going to be read, so that they are there by then."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return  # whoever reads them will say what is wrong
 
 
 def make_folder(url: str) -> None:

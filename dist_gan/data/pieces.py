@@ -1,12 +1,14 @@
 """Reads pieces of shards ahead of need, in bounded memory, through a disk cache if there is one.
 
-A piece is a run of neighbouring samples in one shard, fetched by one range of bytes that the manifest gives.
+A piece is a run of neighbouring samples in one shard, fetched by one range of bytes that the manifest gives. From a
+store it is fetched by threads of ours. On a local disk the kernel is told of it instead, and it is read when it is
+needed: threads that read small files stand in the decoder's way (a third of the images a second at 32x32, measured).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest, Shard
 from dist_gan.types import TrainingFailed, UserError
 
+_REMEMBERED = 4096
+"""Pieces that the kernel was told of and is not told of again."""
 READERS = 16
 """Threads of a process that wait for a store."""
 
@@ -67,6 +71,13 @@ class PieceReader:
         self._bytes = 0
         self.most_bytes = 0
         """The most that was held so far."""
+        self._local = [
+            [storage.local_path(storage.join(source.url, shard.name)) for shard in source.manifest.shards]
+            if cache is None
+            else [None] * len(source.manifest.shards)
+            for source in sources
+        ]
+        self._announced: OrderedDict[Piece, None] = OrderedDict()
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
@@ -76,6 +87,8 @@ class PieceReader:
             for piece in pieces:
                 if piece in self._held:
                     self._held.move_to_end(piece)
+                elif self._local[piece.source][piece.shard] is not None:
+                    self._announce(piece)
                 elif self._make_room(self.size(piece)):
                     self._begin(piece)
 
@@ -90,9 +103,12 @@ class PieceReader:
             return arrived
         with self._lock:
             future = self._held.get(piece)
+            is_first = future is None
             if future is None:
                 self._make_room(self.size(piece))
                 future = self._begin(piece)
+        if is_first and self._local[piece.source][piece.shard] is not None:
+            _run(future, self._fetch, piece)
         try:
             fetched = future.result()
         except BaseException:
@@ -132,8 +148,21 @@ class PieceReader:
         self._arrived.clear()
         self._bytes = 0
 
+    def _announce(self, piece: Piece) -> None:
+        path = self._local[piece.source][piece.shard]
+        if path is None or piece in self._announced:
+            return
+        self._announced[piece] = None
+        if len(self._announced) > _REMEMBERED:
+            self._announced.popitem(last=False)
+        start = self._shard(piece).offsets[piece.first]
+        storage.will_read(path, start, start + self.size(piece))
+
     def _begin(self, piece: Piece) -> Future[Fetched]:
-        future = self._held[piece] = self._pool.submit(self._fetch, piece)
+        """Hands a piece to the threads; a local one is left to whoever waits for it."""
+        is_local = self._local[piece.source][piece.shard] is not None
+        future: Future[Fetched] = Future() if is_local else self._pool.submit(self._fetch, piece)
+        self._held[piece] = future
         self._bytes += self.size(piece)
         self.most_bytes = max(self.most_bytes, self._bytes)
         return future
@@ -186,3 +215,11 @@ class PieceReader:
         url = storage.join(self._sources[piece.source].url, shard.name)
         start = shard.offsets[piece.first]
         return f"{url}\n{shard.sha256}\n{start}\n{self.size(piece)}"
+
+
+def _run(future: Future[Fetched], fetch: Callable[[Piece], Fetched], piece: Piece) -> None:
+    """Keeps a promise in the thread that is at it; others may be waiting for it too."""
+    try:
+        future.set_result(fetch(piece))
+    except BaseException as error:
+        future.set_exception(error)

@@ -76,8 +76,8 @@ class Plan:
             lanes = section.lanes * len(slots) // batch
         self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
         self._look_every = max(1, section.block * section.lanes // (8 * batch))
-        # Each lane's block and the next one; and a little, for what takes a damaged image's place.
-        blocks = (2 * lanes * len(parts) + 2) * self._largest_block(sources)
+        # Each lane's block, the next one, and for some lanes the one after that; what was used up goes first.
+        blocks = (5 * lanes * len(parts) // 2 + 8) * self._largest_block(sources)
         self.by_block = not section.balance and blocks <= section.memory
         self.memory = blocks if self.by_block else section.memory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection as pipes
@@ -117,6 +118,14 @@ def _receive(pipe: pipes.Connection, process: SpawnProcess) -> tuple[str, Any]:
     return kind, value
 
 
+def _leave_with_the_parent() -> None:
+    """At once, as if killed too: who starts the same command again must not find late workers at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    pipes.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _death(process: SpawnProcess) -> TrainingFailed:
     process.join(timeout=5)
     return TrainingFailed(
@@ -128,6 +137,7 @@ def _death(process: SpawnProcess) -> TrainingFailed:
 def _serve(pipe: pipes.Connection, context: Any) -> None:
     # Ctrl-C reaches the whole group; the parent decides and terminates.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     try:
         while True:
             work, job = pipe.recv()

@@ -304,8 +304,8 @@ def remove_folder(url: str) -> None:
 
 # A folder in an object store, for whoever reads or writes many files of it.
 
-_PART_BYTES = 2**24
-_UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": _PART_BYTES, "max_concurrency": 2}}
+PART_BYTES = 2**24
+_UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": 2}}
 """s3fs would hold up to ten parts of 50 MiB of a file that it uploads."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid")
 """Under what names listings tell what changes with a file's content."""

@@ -307,6 +307,9 @@ def remove_folder(url: str) -> None:
 PART_BYTES = 2**24
 _UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": 2}}
 """s3fs would hold up to ten parts of 50 MiB of a file that it uploads."""
+CONNECTIONS = 32
+_CLIENT_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": CONNECTIONS}}}
+"""botocore has ten connections; with 50 ms a request these are 200 requests a second, whatever asks for them."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid")
 """Under what names listings tell what changes with a file's content."""
 _TRIES = 3
@@ -337,7 +340,9 @@ class StoreFolder:
         assert local_path(url) is None
         self.url = url
         filesystem, path = _filesystem(url)
-        self._filesystem, self._path = filesystem, path.rstrip("/")
+        options = _CLIENT_OPTIONS.get(scheme_of(url))
+        self._filesystem = type(filesystem)(**options) if options else filesystem
+        self._path = path.rstrip("/")
 
     def files(self) -> list[FoundFile]:
         """All files at any depth, sorted, by one listing where the store can; an absent folder is empty.

@@ -5,7 +5,8 @@ when it is whole, with a hidden index beside it; `manifest.json` comes last, and
 takes no folder without a manifest.
 
 Memory: a worker holds one image decoded, and of images in a store at most `fetching.AHEAD_BYTES` more; a shard grows in
-a file on a local disk, one a worker. All else is a few hundred bytes an image, in the first process.
+a file on a local disk, one a worker. The first process holds the list of images: a few hundred bytes each, and about a
+kilobyte each while a store is listed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from contextlib import closing
@@ -106,6 +105,5 @@ def test_results_are_let_go_when_they_are_used(monkeypatch: pytest.MonkeyPatch) 
     most = 0
     for _, get in ahead(Heavy, range(100), size=lambda _: 5, at_once=4):
         get()
-        gc.collect()
         most = max(most, len(alive))
     assert most <= 2 + 1, "two fit into the bound, and one is in our hands"

@@ -1,6 +1,6 @@
 """Images a second of `dist-gan pack`, beside plain `webdataset.ShardWriter` in a loop over the same files.
 
-    python benchmarks/pack.py [--json] [--count 20000] [--side 32] [--bucket-count 2000] [--latency-ms 20] [--rounds 3]
+    python benchmarks/pack.py [--json] [--count 40000] [--side 32] [--bucket-count 2000] [--latency-ms 20] [--rounds 3]
 
 Rounds alternate between all ways. From a local folder to a local folder: ours with one and with two workers (whose start
 counts), and the loop, which reads each file and writes it with its label, unseen; `webdataset_checked` is the same loop
@@ -108,7 +108,7 @@ def upload(source: Path, url: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    parser.add_argument("--count", type=int, default=20_000, help="images of the local folder")
+    parser.add_argument("--count", type=int, default=40_000, help="images of the local folder")
     parser.add_argument("--side", type=int, default=32, help="pixels, a power of two")
     parser.add_argument("--bucket-count", type=int, default=2_000, help="images of the bucket")
     parser.add_argument("--latency-ms", type=float, default=20.0)

@@ -32,9 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dist-gan", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pack = commands.add_parser("pack", help="images (folder, zip or npz) into WebDataset shards with a manifest")
-    pack.add_argument("source", help="folder tree, zip, or npz with `images` and `labels`")
-    pack.add_argument("dest", help="new folder for the shards")
+    pack = commands.add_parser(
+        "pack", help="images (folder, bucket, zip or npz) into WebDataset shards with a manifest"
+    )
+    pack.add_argument(
+        "source", help="folder tree here or in a store (s3://...), zip, or npz with `images` and `labels`"
+    )
+    pack.add_argument("dest", help="new folder for the shards, here or in a store")
     pack.add_argument("--resolution", type=int, help="side in pixels, a power of two; default: that of the images")
     pack.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour; default: that of the images")
     pack.add_argument("--upscale", action="store_true", help="enlarge images that are smaller than --resolution")

@@ -125,6 +125,17 @@ def numbered_classes(labels: Sequence[int]) -> tuple[str, ...]:
     return tuple(str(number) for number in range(max(labels) + 1))
 
 
+def folders_of(names: Iterable[str]) -> set[str]:
+    """All folders that names of files show, with those above them."""
+    folders: set[str] = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return folders
+
+
 def _is_ignored(path: str) -> bool:
     return any((part.startswith(".") and part != "..") or part in _IGNORED for part in path.split("/"))
 

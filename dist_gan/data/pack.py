@@ -3,6 +3,10 @@
 The way of a pack through its folder: `.pack-plan.json` says what is being made; every shard appears under its name
 when it is whole, with a hidden index beside it; `manifest.json` comes last, and then plan and indexes go. Training
 takes no folder without a manifest.
+
+Memory: a worker holds one image decoded, and of images in a store at most `fetching.AHEAD_BYTES` more; a shard grows in
+a file on a local disk, one a worker. The first process holds the list of images: a few hundred bytes each, and about a
+kilobyte each while a store is listed.
 """
 
 from __future__ import annotations
@@ -18,15 +22,15 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from dist_gan import storage
+from dist_gan.data.destinations import open_destination
 from dist_gan.data.listing import Entry
 from dist_gan.data.manifest import Manifest, write_manifest
 from dist_gan.data.pack_folder import (
     SKIPPED,
     Settled,
-    alone_in,
     already_packed,
     begun,
-    make_folder,
+    is_stray,
     remove_leftovers,
     write_plan,
 )
@@ -37,9 +41,9 @@ from dist_gan.data.shard_writer import (
     ShardJob,
     ShardSettings,
     chunks,
+    finished_shards,
     index_name,
     raise_if_bad,
-    read_finished,
     shard_name,
     write_shard,
 )
@@ -86,7 +90,7 @@ def pack(
 
     Args:
         source: images, from `open_source` or `ArraySource`.
-        dest: folder of the shards, local; absent, empty, or begun by the same pack.
+        dest: folder of the shards, a path or a URL; absent, empty, or begun by the same pack.
         resolution: side of the images in pixels, a power of two from 16 to 1024; None takes the images' own.
         channels: 1 or 3; None takes the images' own.
         samples_per_shard: images in each shard but the last.
@@ -100,20 +104,24 @@ def pack(
 
     Raises:
         UserError: options, source or folder are wrong, or images are bad (up to ten are listed).
-        TrainingFailed: the disk is full or the folder does not take the files; nothing half is left.
+        TrainingFailed: the disk is full, the folder does not take the files, or a store does not answer; nothing half
+            is left.
     """
     _check_options(resolution, channels, samples_per_shard, upscale, pad, workers)
-    folder = _local_folder(dest, source)
+    folder = open_destination(dest, source)
     for note in source.notes:
         say(f"{source.place}: {note}")
     plan = _plan_of(source, resolution, channels, samples_per_shard, upscale, pad, labels)
-    finished = already_packed(folder, plan, say)
+    names = folder.names()
+    finished = already_packed(folder, names, plan, say)
     if finished is not None:
         return finished
-    settled = begun(folder, plan)
-    make_folder(folder)
+    settled = begun(folder, names, plan)
+    folder.make()
     num_workers = workers or (1 if len(source.entries) < _FEW_IMAGES else num_cores())
-    with alone_in(folder), Workers(source.reader, count=num_workers) as processes:
+    if "memory" in (storage.scheme_of(source.place), storage.scheme_of(folder.url)):
+        num_workers = 1  # another process has another memory
+    with folder.alone(is_stray), Workers(source.reader, count=num_workers) as processes:
         if settled is None:
             with progress_bar("looking", progress, total=len(source.entries)) as bar:
                 settled = Settled(
@@ -138,9 +146,10 @@ def pack(
             skip_bad=skip_bad,
         )
         jobs = _jobs(source, samples_per_shard)
-        missing = [job for job in jobs if _usable(settings, job.number) is None]
-        if len(missing) < len(jobs):
-            say(f"{folder}: going on: {len(jobs) - len(missing)} of {len(jobs)} shards are there already")
+        there = {number for number, _ in _usable(settings, len(jobs))}
+        missing = [job for job in jobs if job.number not in there]
+        if there:
+            say(f"{folder.url}: going on: {len(jobs) - len(missing)} of {len(jobs)} shards are there already")
         with progress_bar("packing", progress, total=len(source.entries)) as bar:
             bar.update(len(source.entries) - sum(len(job.entries) for job in missing))
             _write(settings, missing, processes, tell=bar.update, place=source.place)
@@ -163,20 +172,6 @@ def _check_options(
         raise UserError(f"workers: {workers} is not positive; leave it out for one a core")
     if upscale and pad:
         raise UserError("upscale and pad exclude each other: give --pad for a black border or --upscale to enlarge")
-
-
-def _local_folder(dest: str, source: Source) -> Path:
-    storage.check_url(dest, place="destination")
-    folder = storage.local_path(dest)
-    if folder is None:
-        raise UserError(
-            f"destination {storage.redact(dest)}: shards are packed onto a local disk only; pack into a folder and "
-            f"copy that to the store"
-        )
-    inside = Path(source.place)
-    if inside.is_dir() and folder.resolve().is_relative_to(inside.resolve()):
-        raise UserError(f"destination {dest}: lies inside the source {source.place}; give a folder outside of it")
-    return folder
 
 
 def _plan_of(
@@ -208,9 +203,10 @@ def _jobs(source: Source, samples_per_shard: int) -> list[ShardJob]:
     return [ShardJob(number, part) for number, part in enumerate(chunks(order, samples_per_shard))]
 
 
-def _usable(settings: ShardSettings, number: int) -> Finished | None:
-    finished = read_finished(settings.folder, number, plan=settings.plan)
-    return None if finished is None or (finished.skipped and not settings.skip_bad) else finished
+def _usable(settings: ShardSettings, num_shards: int) -> Iterator[tuple[int, Finished]]:
+    for number, finished in finished_shards(settings.folder, range(num_shards), plan=settings.plan):
+        if settings.skip_bad or not finished.skipped:
+            yield number, finished
 
 
 def _write(
@@ -222,6 +218,7 @@ def _write(
         for job in missing:
             if bad:
                 return
+            settings.folder.check_alone()
             yield job
 
     for found in processes.run(partial(write_shard, settings), until_bad(), tell=tell):
@@ -230,15 +227,15 @@ def _write(
 
 
 def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Callable[[str], None]) -> Manifest:
-    finished = []
+    settings.folder.check_alone()
+    by_number = dict(_usable(settings, num_shards))
     for number in range(num_shards):
-        shard = _usable(settings, number)
-        if shard is None:
+        if number not in by_number:
             raise TrainingFailed(
-                f"{settings.folder / shard_name(number)} ({index_name(number)}) was changed while the pack was at "
-                f"work; start the same command again"
+                f"{storage.join(settings.folder.url, shard_name(number))} ({index_name(number)}) was changed while the "
+                f"pack was at work; start the same command again"
             )
-        finished.append(shard)
+    finished = [by_number[number] for number in range(num_shards)]
     skipped = sorted(image for shard in finished for image in shard.skipped)
     shards = tuple(shard.shard for shard in finished if shard.shard is not None)
     if not shards:
@@ -253,8 +250,9 @@ def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Calla
     )
     if skipped:
         lines = "".join(f"{image.member}\t{' '.join(image.reason.split())}\n" for image in skipped)
-        storage.publish(str(folder / SKIPPED), lines.encode("utf-8"))
-        say(f"{source.place}: left out {len(skipped):,} bad images; they are listed in {folder / SKIPPED}")
-    write_manifest(str(folder), manifest)
-    remove_leftovers(folder)
+        storage.publish(storage.join(folder.url, SKIPPED), lines.encode("utf-8"))
+        listed = storage.join(folder.url, SKIPPED)
+        say(f"{source.place}: left out {len(skipped):,} bad images; they are listed in {listed}")
+    write_manifest(folder.url, manifest)
+    remove_leftovers(folder, folder.names())
     return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection as pipes
@@ -117,6 +118,12 @@ def _receive(pipe: pipes.Connection, process: SpawnProcess) -> tuple[str, Any]:
     return kind, value
 
 
+def _leave_with(parent: int) -> None:
+    """At once, as if killed too: who starts the same command again must not find late workers at work."""
+    pipes.wait([parent])
+    os._exit(1)
+
+
 def _death(process: SpawnProcess) -> TrainingFailed:
     process.join(timeout=5)
     return TrainingFailed(
@@ -128,6 +135,11 @@ def _death(process: SpawnProcess) -> TrainingFailed:
 def _serve(pipe: pipes.Connection, context: Any) -> None:
     # Ctrl-C reaches the whole group; the parent decides and terminates.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if pipes.wait([parent.sentinel], timeout=0):
+        return  # the parent died while this one was being started; a job may be waiting in the pipe all the same
+    threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
     try:
         while True:
             work, job = pipe.recv()

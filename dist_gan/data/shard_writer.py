@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,13 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from dist_gan import storage
+from dist_gan.data.destinations import Destination
+from dist_gan.data.fetching import ahead
 from dist_gan.data.listing import MAX_SHOWN, Entry
 from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
 from dist_gan.data.processes import Tell
 from dist_gan.data.sources import Reader
+from dist_gan.data.store_source import at_once
 from dist_gan.data.tar_scan import TarScan
 from dist_gan.images import BadImage, encode_png, examine, fit
 from dist_gan.types import TrainingFailed, UserError
@@ -38,7 +42,7 @@ class Bad(NamedTuple):
 class ShardSettings:
     """What all shards of a pack have in common."""
 
-    folder: Path
+    folder: Destination
     plan: str
     """Hash of the source and all options; an index of another plan is not ours."""
     resolution: int
@@ -78,48 +82,60 @@ def write_shard(settings: ShardSettings, reader: Reader, job: ShardJob, tell: Te
     """Writes a shard and its index; if bad images are not to be skipped, returns them and leaves nothing.
 
     Raises:
-        TrainingFailed: the folder does not take the files.
+        TrainingFailed: the folder does not take the files, or a store does not answer.
+        UserError: a store refuses access.
     """
-    name = shard_name(job.number)
-    temporary = settings.folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    name, folder = shard_name(job.number), settings.folder
     try:
-        bad, num_written = _write_tar(settings, reader, job.entries, temporary, tell)
-        if bad and not settings.skip_bad:
-            return bad
-        shard = _scan_own(temporary, name) if num_written else None
-        assert num_written == (len(shard.keys) if shard else 0)
-        index = {
-            "plan": settings.plan,
-            "shard": None if shard is None else shard_to_json(shard),
-            "skipped": [list(image) for image in bad],
-        }
-        storage.publish(str(settings.folder / index_name(job.number)), json.dumps(index).encode("ascii"))
-        if shard is None:
-            (settings.folder / name).unlink(missing_ok=True)
-        else:
-            os.replace(temporary, settings.folder / name)
-        storage.sync_folder(settings.folder)
+        with folder.new_file(name) as file:
+            bad, num_written = _write_tar(settings, reader, job.entries, file, tell)
+            if bad and not settings.skip_bad:
+                return bad
+            shard = _scan_own(file, name) if num_written else None
+            assert num_written == (len(shard.keys) if shard else 0)
+            index = {
+                "plan": settings.plan,
+                "shard": None if shard is None else shard_to_json(shard),
+                "skipped": [list(image) for image in bad],
+            }
+            storage.publish(storage.join(folder.url, index_name(job.number)), json.dumps(index).encode("ascii"))
+            if shard is None:
+                folder.remove([name])
+            else:
+                folder.take(file, name)
         return ()
     except OSError as error:
-        raise TrainingFailed(f"cannot write {settings.folder / name}: {storage.why(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {folder.place_of(name)}: {storage.why(error)}") from error
 
 
-def read_finished(folder: Path, number: int, *, plan: str) -> Finished | None:
-    """A shard of this plan if it is whole, by its index and its size."""
+def finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterator[tuple[int, Finished]]:
+    """The shards of this plan that are whole, by their indexes and their sizes.
+
+    Raises:
+        UserError, TrainingFailed: the folder cannot be listed or read.
+    """
+    names = folder.names()
+    by_index = {index_name(number): number for number in numbers}
+    there = {name: size for name in by_index if (size := names.get(name)) is not None}
+    for name, data in folder.read_each(there):
+        number = by_index[name]
+        finished = None if data is None else _finished(data, number, names, plan=plan)
+        if finished is not None:
+            yield number, finished
+
+
+def _finished(index: bytes, number: int, names: Mapping[str, int | None], *, plan: str) -> Finished | None:
     try:
-        content = json.loads((folder / index_name(number)).read_bytes())
+        content = json.loads(index)
         if content["plan"] != plan:
             return None
         skipped = tuple(Bad(member, reason) for member, reason in content["skipped"])
         if content["shard"] is None:
             return Finished(None, skipped)
         shard = shard_from_json(content["shard"], place=index_name(number))
-        whole = (folder / shard_name(number)).stat().st_size == shard.bytes
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
-    return Finished(shard, skipped) if whole else None
+    return Finished(shard, skipped) if names.get(shard_name(number)) == shard.bytes else None
 
 
 def _write_tar(
@@ -128,33 +144,34 @@ def _write_tar(
     """Bad images, and the number of those written."""
     bad: list[Bad] = []
     num_written = 0
-    with open(path, "wb") as file:
+    fetched = ahead(partial(read_entry, reader), entries, size=size_of, at_once=at_once(reader))
+    with (
+        open(path, "wb") as file,
         # Encoding off, since it would choose by extension; PAX only shows where a name is long or not ASCII.
-        with TarWriter(file, encoder=False, mtime=0, user="dist_gan", group="dist_gan", format="PAX_FORMAT") as tar:
-            for position, entry in enumerate(entries, start=1):
-                try:
-                    data, extension = _prepared(settings, reader, entry)
-                except BadImage as error:
-                    bad.append(Bad(error.name, error.reason))
-                    if not settings.skip_bad and len(bad) == MAX_SHOWN:
-                        break
-                else:
-                    if not bad or settings.skip_bad:
-                        sample = {"__key__": entry.key, extension: data}
-                        if settings.labels and entry.label is not None:
-                            sample["cls"] = str(entry.label).encode("ascii")
-                        tar.write(sample)
-                        num_written += 1
-                if position % _TELL_EVERY == 0 or position == len(entries):
-                    tell(position % _TELL_EVERY or _TELL_EVERY)
-        file.flush()
-        os.fsync(file.fileno())
+        TarWriter(file, encoder=False, mtime=0, user="dist_gan", group="dist_gan", format="PAX_FORMAT") as tar,
+        closing(fetched) as images,
+    ):
+        for position, (entry, get) in enumerate(images, start=1):
+            try:
+                data, extension = _prepared(settings, get(), entry)
+            except BadImage as error:
+                bad.append(Bad(error.name, error.reason))
+                if not settings.skip_bad and len(bad) == MAX_SHOWN:
+                    break
+            else:
+                if not bad or settings.skip_bad:
+                    sample = {"__key__": entry.key, extension: data}
+                    if settings.labels and entry.label is not None:
+                        sample["cls"] = str(entry.label).encode("ascii")
+                    tar.write(sample)
+                    num_written += 1
+            if position % _TELL_EVERY == 0 or position == len(entries):
+                tell(position % _TELL_EVERY or _TELL_EVERY)
     return tuple(bad), num_written
 
 
-def _prepared(settings: ShardSettings, reader: Reader, entry: Entry) -> tuple[bytes, str]:
+def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) -> tuple[bytes, str]:
     """Bytes and extension of an image file as it will lie in the tar."""
-    raw = read_entry(reader, entry)
     if isinstance(raw, bytes):
         picture = examine(raw, name=entry.member)
         if picture.extension and picture.pixels.shape == (settings.resolution, settings.resolution, settings.channels):
@@ -187,6 +204,11 @@ def read_entry(reader: Reader, entry: Entry) -> bytes | np.ndarray:
             return file.read()
     except UNREADABLE as error:
         raise BadImage(entry.member, f"cannot be read ({error})") from error
+
+
+def size_of(entry: Entry) -> int:
+    """Bytes of an image in its source."""
+    return entry.size
 
 
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError)

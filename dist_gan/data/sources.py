@@ -1,4 +1,4 @@
-"""Where images come from before they are packed: a folder, a zip, an npz, or arrays in memory."""
+"""Where images come from before they are packed: a folder here or in a store, a zip, an npz, or arrays in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dist_gan import storage
-from dist_gan.data.listing import Entry, File, list_images, numbered_classes
+from dist_gan.data.listing import Entry, File, folders_of, list_images, numbered_classes
+from dist_gan.data.store_source import StoreSource
 from dist_gan.types import UserError
 
 Pixels = NDArray[np.uint8]
@@ -45,14 +46,20 @@ class Source(Protocol):
 
 
 def open_source(path: str) -> Source:
-    """The source at a local path: a folder, a `.zip` or an `.npz`.
+    """The source at a local path (a folder, a `.zip` or an `.npz`), or a folder in a store.
 
     Raises:
         UserError: nothing there, something else there, or mistakes inside.
+        TrainingFailed: the store does not answer.
     """
     local = storage.local_path(path)
     if local is None:
-        raise UserError(f"{storage.redact(path)}: images are packed from local files only; copy them to a disk first")
+        if path.lower().endswith((".zip", ".npz")):
+            raise UserError(
+                f"{storage.redact(path)}: a .zip and an .npz are packed from local files only; copy them to a disk first, "
+                f"or give a folder of images in the store"
+            )
+        return StoreSource(path)
     if local.is_dir():
         return FolderSource(str(local))
     if not local.exists():
@@ -103,7 +110,7 @@ class ZipSource:
                     raise UserError(f"{path}: {locked!r} is encrypted; unpack the zip and give the folder")
                 listing = list_images(
                     [File(m.filename, m.file_size) for m in members if not m.is_dir()],
-                    sorted(_folders_of(m.filename for m in members)),
+                    sorted(folders_of(m.filename for m in members)),
                     place=path,
                     read=archive.read,
                 )
@@ -233,16 +240,6 @@ def _walk(folder: Path, prefix: str, files: list[File], folders: list[str]) -> N
                 _walk(Path(item.path), f"{path}/", files, folders)
             elif stat.S_ISREG(item.stat().st_mode):
                 files.append(File(path, item.stat().st_size))
-
-
-def _folders_of(names: Iterator[str]) -> set[str]:
-    folders: set[str] = set()
-    for name in names:
-        folder = name.rpartition("/")[0]
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = folder.rpartition("/")[0]
-    return folders
 
 
 def _with_channel_axis(images: NDArray[Any]) -> NDArray[Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from dist_gan.data.fetching import ahead
 from dist_gan.data.listing import Entry
 from dist_gan.data.processes import Tell, Workers
-from dist_gan.data.shard_writer import UNREADABLE, Bad, chunks, raise_if_bad
+from dist_gan.data.shard_writer import UNREADABLE, Bad, chunks, raise_if_bad, size_of
 from dist_gan.data.sources import Reader, Source
+from dist_gan.data.store_source import HEAD_BYTES, StoreReader, at_once
 from dist_gan.images import BadImage, Header, header
 from dist_gan.types import UserError
 
@@ -38,14 +42,16 @@ def look(reader: Reader, entries: tuple[Entry, ...], tell: Tell) -> Findings:
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
     bad: list[Bad] = []
-    for entry in entries:
-        try:
-            found = _header(reader, entry)
-        except BadImage as error:
-            bad.append(Bad(error.name, error.reason))
-            continue
-        sizes[found.height, found.width] += 1
-        channels[found.channels] += 1
+    asked = ahead(partial(_header, reader), entries, size=size_of, at_once=at_once(reader))
+    with closing(asked) as headers:
+        for _, get in headers:
+            try:
+                found = get()
+            except BadImage as error:
+                bad.append(Bad(error.name, error.reason))
+                continue
+            sizes[found.height, found.width] += 1
+            channels[found.channels] += 1
     tell(len(entries))
     return Findings(sizes, channels, tuple(bad))
 
@@ -97,6 +103,11 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
 
 
 def _header(reader: Reader, entry: Entry) -> Header:
+    if isinstance(reader, StoreReader) and entry.size > HEAD_BYTES:
+        try:
+            return header(reader.open_head(entry), name=entry.member)
+        except BadImage:
+            pass  # of the beginning alone nothing can be said
     try:
         opened = reader.open(entry)
     except UNREADABLE as error:

@@ -461,8 +461,8 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path / "in", classes())
     with pytest.raises(UserError, match=r"lies inside the source.*outside"):
         pack(open_source(str(tmp_path / "in")), str(tmp_path / "in" / "out"), **QUIET)
-    with pytest.raises(UserError, match=r"s3://bucket/x: shards are packed onto a local disk only"):
-        pack(ArraySource(IMAGES), "s3://bucket/x", **QUIET)
+    with pytest.raises(UserError, match=r"https://host/x: an HTTP server takes no files; give a local folder or a"):
+        pack(ArraySource(IMAGES), "https://host/x", **QUIET)
 
 
 def test_an_unfinished_pack_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -590,7 +590,7 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(workers: int, tmp_pa
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    # Workers whose parent is gone finish their shard and leave; nothing may change under the feet of what follows.
+    # Workers leave with their parent; nothing may change under the feet of what follows.
     time.sleep(0.5)
     kept = {path.name: path.stat().st_ino for path in out.glob("shard-*.tar")}
     whole = {name for name in kept if (out / f".{name[:-4]}.json").exists()}

@@ -490,6 +490,8 @@ def test_memory_stays_within_the_bound_whatever_the_size_of_the_shards_and_of_th
     many = peak_rss_of_pack("s3://data/many", "s3://data/many-shards", "--resolution", "512", *options)
     shard = len(bucket.contents("many-shards")["shard-00000.tar"])
     decoded = 3 * 512 * 512
-    bound = fetching.AHEAD_BYTES + 2 * storage.PART_BYTES + 8 * decoded
+    # Beside what is counted: what the allocator and the client keep of requests that are done.
+    kept = 40 * 2**20
+    bound = fetching.AHEAD_BYTES + 2 * storage.PART_BYTES + 8 * decoded + kept
     assert shard > 2 * bound, "too little data to prove anything"
     assert many - few < bound, f"{(many - few) / 2**20:.0f} MiB"

@@ -131,6 +131,7 @@ class Decoder:
     def _again_or_instead(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
         """The image after all, read from the store once more; or the one that takes its place."""
         alone = _alone(place, place.row)
+        self.reader.drop(place.piece)
         try:
             return place, self._pixels(alone, self.reader.fresh(alone.piece), out)
         except images.BadImage as error:

@@ -121,13 +121,21 @@ class PieceReader:
                 self._arrived[piece] = fetched
         return fetched
 
-    def fresh(self, piece: Piece) -> Fetched:
-        """The bytes of a piece as they are in the store now; what any cache says is forgotten."""
+    def drop(self, piece: Piece) -> None:
+        """Forgets a piece, in memory and on the disk: it is read anew when it is needed again."""
         if self._cache is not None:
             self._cache.drop(self._name(piece))
         with self._lock:
             if piece in self._held:
                 self._forget(piece)
+
+    def fresh(self, piece: Piece) -> Fetched:
+        """The bytes of a piece as they are in the store now.
+
+        Raises:
+            TrainingFailed: the store does not give them.
+        """
+        self.drop(piece)
         return self._fetch(piece)
 
     def size(self, piece: Piece) -> int:

@@ -70,10 +70,10 @@ class Plan:
         self._leaves: list[_Leaf] = []
         parts = [self._part(source, number, seed) for number, (source, _) in enumerate(sources)]
         self._order = parts[0] if len(parts) == 1 else Mixture(parts, [weight for _, weight in sources], seed=seed)
-        aligned = batch % section.lanes == 0 or section.lanes % batch == 0
-        lanes = min(section.lanes, len(slots)) if aligned and len(parts) == 1 else section.lanes
-        if section.lanes > batch and aligned:
-            lanes = section.lanes * len(slots) // batch
+        # A rank that takes every n-th slot keeps to every n-th lane, if these numbers go into each other.
+        ranks, lanes = batch // len(slots), section.lanes
+        if len(parts) == 1 and lanes % ranks == 0 and (batch % lanes == 0 or lanes % batch == 0):
+            lanes //= ranks
         self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
         self._look_every = max(1, section.block * section.lanes // (8 * batch))
         # Each lane's block, the next one, and for some lanes the one after that; what was used up goes first.

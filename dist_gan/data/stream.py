@@ -22,6 +22,7 @@ from dist_gan.data.ahead import Ahead, decode_part
 from dist_gan.data.decoding import Damage, Decoder, Kept, Stage
 from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest
+from dist_gan.data.order import Integers
 from dist_gan.data.pieces import Piece, PieceReader, Source
 from dist_gan.data.plan import Place, Plan
 from dist_gan.draws import Draws
@@ -155,6 +156,7 @@ class ImageStream:
             if section.disk_cache:
                 self._disk = DiskCache(section.disk_cache, limit=section.disk_cache_bytes)
         self._damage: set[tuple[str, str]] = set()
+        self._found: list[Damage] = []
         names = ",".join(getattr(stage, "__qualname__", type(stage).__qualname__) for stage in stages)
         self.fingerprint = (
             f"{'+'.join(f'{weight}*{source.manifest.fingerprint}' for source, weight in sources)}/seed={draws.seed}"
@@ -224,7 +226,8 @@ class ImageStream:
 
     def damaged(self) -> list[Damage]:
         """Images that this rank found damaged since the last call."""
-        return self._ahead.decoder.damaged() if self._ahead is not None else []
+        found, self._found = self._found, []
+        return found + (self._ahead.decoder.damaged() if self._ahead is not None else [])
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
         """Counts what the ranks have found, and gives what is new.
@@ -274,7 +277,7 @@ class ImageStream:
             for shard, some in enumerate(shards)
             for row in some
         ]
-        decoder = self._decoder()
+        decoder = self._decoder(rows=chosen)
         try:
             for start in range(0, len(rows), batch * world_size):
                 mine = rows[start + rank * batch : start + (rank + 1) * batch]
@@ -301,7 +304,7 @@ class ImageStream:
             pinned=self._side is not None,
         )
 
-    def _decoder(self, *, kept: Kept | None = None) -> Decoder:
+    def _decoder(self, *, rows: Sequence[Sequence[Integers]] | None = None, kept: Kept | None = None) -> Decoder:
         reader = PieceReader(
             self._sources,
             memory=self._plan.memory,
@@ -311,7 +314,7 @@ class ImageStream:
         return Decoder(
             self._sources,
             reader,
-            rows=self._plan.rows,
+            rows=self._plan.rows if rows is None else rows,
             shape=self._shape,
             substitute=self._section.bad_images == "substitute",
             kept=kept,
@@ -319,6 +322,7 @@ class ImageStream:
 
     def _let_go(self, decoder: Decoder) -> None:
         decoder.reader.close()
+        self._found += decoder.damaged()
         self._past_retries += decoder.reader.retries
         self.most_bytes = max(self.most_bytes, decoder.reader.most_bytes)
 

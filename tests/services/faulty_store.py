@@ -31,13 +31,12 @@ class FaultyStore:
     """
 
     def __init__(self, server_port: int) -> None:
-        self.every = 0
-        self.faults: tuple[str, ...] = FAULTS
-        self.expired = self.gone = False
+        self.gone = False
         self.reads: list[str] = []
         """Path and range of every read of an object that came here."""
         self.failed: list[str] = []
-        self._lock, self._next = Lock(), itertools.count()
+        self._lock = Lock()
+        self.sound()
         store = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -108,6 +107,15 @@ class FaultyStore:
         self.port = self._server.server_port
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
+
+    def sound(self) -> None:
+        """Nothing fails, and nothing has come yet."""
+        self.every = 0
+        self.faults: tuple[str, ...] = FAULTS
+        self.expired = False
+        self.reads.clear()
+        self.failed.clear()
+        self._next = itertools.count()
 
     def fault_for(self, command: str, path: str, wanted: str) -> str:
         """What is to go wrong with a request."""

@@ -37,11 +37,9 @@ def store(served: tuple[FaultyStore, dict[str, str]], monkeypatch: pytest.Monkey
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
-    found.every, found.faults, found.expired = 0, FAULTS, False
-    found.reads.clear()
-    found.failed.clear()
+    found.sound()
     yield found
-    found.every, found.expired = 0, False
+    found.sound()
     fsspec.filesystem("s3").clear_instance_cache()
 
 
@@ -63,7 +61,7 @@ def test_images_are_the_same_whatever_goes_wrong_on_the_way(store: FaultyStore, 
 
 def test_a_read_that_broke_off_goes_on_from_where_it_was(store: FaultyStore, small_shards: Path) -> None:
     shard = next(small_shards.glob("*.tar"))
-    store.every, store.faults = 1, ("short", "")
+    store.every, store.faults = 1, ("short", "none")
     patience = storage.Patience(10)
     part = 20_000
     data = storage.read_range(f"{URL}/{shard.name}", 0, part, patience=patience)
@@ -214,3 +212,6 @@ def test_a_cached_piece_that_was_damaged_is_read_from_the_store_again(store: Fau
     again = stream(URL, **cache)
     assert keys_of(again, 35) == wanted
     assert again.damaged() == []
+    store.reads.clear()
+    assert keys_of(stream(URL, **cache), 35) == wanted
+    assert store.reads == [], "and kept, sound"

@@ -347,7 +347,8 @@ def _cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tupl
             found.append(
                 (("data.mix",), f"data.mix: {storage.redact(data.url)!r} is data.url too; give it data.weight")
             )
-        if data.patience_s >= config.runtime.step_timeout_s:
+        is_remote = any(storage.local_path(url) is None for url in data.sources)
+        if is_remote and data.patience_s >= config.runtime.step_timeout_s:
             found.append(
                 (
                     ("data.patience_s", "runtime.step_timeout_s"),

@@ -349,13 +349,13 @@ class StoreFolder:
 
         The objects without bytes that stand for folders are no files.
         """
-        found = self._listed("list", lambda: self._filesystem.find(self._path, detail=True).values())
+        found = self._listed(lambda: self._filesystem.find(self._path, detail=True).values())
         files = (FoundFile(self._inside(info), int(info["size"] or 0), _version(info)) for info in found)
         return sorted(file for file in files if file.name and not file.name.endswith("/"))
 
     def names(self) -> dict[str, int | None]:
         """What lies directly in the folder: bytes of files, None for folders; an absent folder is empty."""
-        found = self._listed("list", lambda: self._filesystem.ls(self._path, detail=True))
+        found = self._listed(lambda: self._filesystem.ls(self._path, detail=True))
         names = {
             self._inside(info).rstrip("/"): None if info["type"] == "directory" else int(info["size"] or 0)
             for info in found
@@ -381,7 +381,7 @@ class StoreFolder:
             if len(data) == wanted:
                 return data
         raise TrainingFailed(
-            f"cannot read {redact(join(self.url, name))}: {size:,} bytes were listed, and it has "
+            f"cannot read {join(self.url, name)}: {size:,} bytes were listed, and it has "
             f"{'more' if len(data) > wanted else f'{len(data):,}'} now; it was changed in the meantime"
         )
 
@@ -399,7 +399,7 @@ class StoreFolder:
         written = self._asked("write", name, lambda: int(self._filesystem.size(path)))
         if written != expected:
             self.remove(name)
-            raise TrainingFailed(f"cannot write {redact(join(self.url, name))}: {written} of {expected} bytes arrived")
+            raise TrainingFailed(f"cannot write {join(self.url, name)}: {written} of {expected} bytes arrived")
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
@@ -413,9 +413,11 @@ class StoreFolder:
         self._asked("remove", name, gone)
 
     def _inside(self, info: dict[str, Any]) -> str:
-        return str(info["name"]).lstrip("/")[len(self._path.lstrip("/")) :].removeprefix("/")
+        name, above = str(info["name"]).lstrip("/"), self._path.lstrip("/")
+        assert name.startswith(above), f"{name} is listed in {above}"
+        return name[len(above) :].removeprefix("/")
 
-    def _listed(self, doing: str, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _listed(self, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
         def listed() -> list[dict[str, Any]]:
             self._filesystem.invalidate_cache()
             try:
@@ -426,7 +428,7 @@ class StoreFolder:
                 # fsspec keeps what it has listed, which for a million files is a gigabyte.
                 self._filesystem.invalidate_cache()
 
-        return self._asked(doing, "", listed)
+        return self._asked("list", "", listed)
 
     def _asked(self, doing: str, name: str, operation: Callable[[], Result]) -> Result:
         def asked() -> Result:
@@ -440,7 +442,7 @@ class StoreFolder:
         try:
             return _patiently(self.url, asked)
         except Exception as error:
-            shown = redact(join(self.url, name) if name else self.url)
+            shown = join(self.url, name) if name else self.url  # which may hold no secret; a name may hold a ? or a #
             if isinstance(error, PermissionError):
                 raise UserError(
                     f"cannot {doing} {shown}: the store refuses access; check the credentials in the environment, and "

@@ -28,6 +28,7 @@ class Store:
         self.latency_s = latency_s
         self.objects: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers one connection until it is closed."""
@@ -54,8 +55,10 @@ class Store:
         """Status, headers and body for a request."""
         parts = urlsplit(target)
         path, query = unquote(parts.path), parse_qs(parts.query, keep_blank_values=True)
+        if "uploads" in query or "uploadId" in query:
+            return self.in_parts(method, path, query, body)
         if method == "PUT":
-            self.objects[path], self.etags[path] = body, f'"{hashlib.md5(body).hexdigest()}"'
+            self.objects[path], self.etags[path] = body, _etag(body)
             return 200, {"ETag": self.etags[path]}, b""
         if method == "DELETE":
             self.objects.pop(path, None)
@@ -73,6 +76,25 @@ class Store:
             start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
             return 206, {**known, "Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1]
         return 200, known, data
+
+    def in_parts(self, method: str, path: str, query: dict[str, list[str]], body: bytes) -> Answer:
+        """Begins, fills, ends or forgets an upload in parts; the object is there at the end."""
+        xml = {"Content-Type": "application/xml"}
+        if "uploads" in query:
+            self.parts[path] = {}
+            answer = (
+                f"<InitiateMultipartUploadResult xmlns='{_NAMESPACE}'><UploadId>{_etag(path.encode())[1:-1]}</UploadId>"
+            )
+            return 200, xml, f"{answer}</InitiateMultipartUploadResult>".encode()
+        if method == "PUT":
+            self.parts[path][int(query["partNumber"][0])] = body
+            return 200, {"ETag": _etag(body)}, b""
+        parts = self.parts.pop(path)
+        if method == "DELETE":
+            return 204, {}, b""
+        self.objects[path] = b"".join(parts[number] for number in sorted(parts))
+        self.etags[path] = _etag(self.objects[path])
+        return 200, xml, f"<CompleteMultipartUploadResult xmlns='{_NAMESPACE}'/>".encode()
 
     def listing(self, bucket: str, query: dict[str, list[str]]) -> bytes:
         """A page of a thousand names, or all that begin alike up to the delimiter."""
@@ -98,6 +120,10 @@ class Store:
             f"<?xml version='1.0'?><ListBucketResult xmlns='{_NAMESPACE}'><Name>{bucket}</Name><KeyCount>{len(page)}"
             f"</KeyCount><IsTruncated>{str(more).lower()}</IsTruncated>{token}{text}</ListBucketResult>"
         ).encode()
+
+
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body).hexdigest()}"'
 
 
 async def main(port: int, latency_s: float) -> None:

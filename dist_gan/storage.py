@@ -156,8 +156,10 @@ class Patience:
         come back at once.
         """
         longest = min(10.0, 0.5 * 2**number)
-        if not _is_transient(error) or time.monotonic() + longest > since + self.seconds:
+        if not _is_transient(error):
             raise error
+        if time.monotonic() + longest > since + self.seconds:
+            raise ConnectionError(f"the store has not answered for {self.seconds:.0f} s ({_kind(error)})") from error
         self.retries += 1
         if self._over.wait(longest * random.uniform(0.5, 1.0)):
             raise error
@@ -176,15 +178,29 @@ def _patiently(url: str, operation: Callable[[], Result], patience: Patience | N
         number += 1
 
 
+def _kind(error: BaseException) -> str:
+    """What went wrong in a word; what a store's client says beyond that may hold a secret."""
+    return type(error.__cause__ or error).__name__
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: no answer, a broken connection, an overloaded server."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
         return False
+    if "Credential" in type(error).__name__:  # as botocore and google.auth say that there are none
+        return False
+    if isinstance(error, OSError) and error.__cause__ is not None and hasattr(error.__cause__, "response"):
+        return _is_transient(error.__cause__)  # s3fs makes an EIO of whatever it does not know
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
     status = getattr(error, "status", None)
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict) and "Error" in answer:  # botocore's
+        if answer["Error"].get("Code") in ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"):
+            return True
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(status, int):
         return status >= 500 or status == 429
     origin = type(error).__module__.split(".")[0]
@@ -230,7 +246,7 @@ def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
     filesystem, path = _filesystem(url)
     filesystem.invalidate_cache()
     try:
-        entries = filesystem.ls(path, detail=True)
+        entries = _patiently(url, lambda: filesystem.ls(path, detail=True))
     except FileNotFoundError:
         entries = []
     found = {
@@ -332,13 +348,6 @@ def publish(url: str, data: bytes | memoryview) -> None:
             raise OSError(errno.EIO, f"{written} of {len(data)} bytes arrived")
     except OSError as error:
         raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {_reason(error)}") from error
-    except Exception as error:
-        if not _is_transient(error):
-            raise
-        raise TrainingFailed(
-            f"cannot write {redact(url)} ({len(data):,} bytes): the store has not answered for {PATIENCE_S:.0f} s "
-            f"({type(error).__name__})"
-        ) from error
 
 
 def _publish_local(path: Path, data: bytes | memoryview) -> None:
@@ -454,13 +463,13 @@ class StoreFolder:
 
         The objects without bytes that stand for folders are no files.
         """
-        found = self._listed("list", lambda: self._filesystem.find(self._path, detail=True).values())
+        found = self._listed(lambda: self._filesystem.find(self._path, detail=True).values())
         files = (FoundFile(self._inside(info), int(info["size"] or 0), _version(info)) for info in found)
         return sorted(file for file in files if file.name and not file.name.endswith("/"))
 
     def names(self) -> dict[str, int | None]:
         """What lies directly in the folder: bytes of files, None for folders; an absent folder is empty."""
-        found = self._listed("list", lambda: self._filesystem.ls(self._path, detail=True))
+        found = self._listed(lambda: self._filesystem.ls(self._path, detail=True))
         names = {
             self._inside(info).rstrip("/"): None if info["type"] == "directory" else int(info["size"] or 0)
             for info in found
@@ -486,7 +495,7 @@ class StoreFolder:
             if len(data) == wanted:
                 return data
         raise TrainingFailed(
-            f"cannot read {redact(join(self.url, name))}: {size:,} bytes were listed, and it has "
+            f"cannot read {join(self.url, name)}: {size:,} bytes were listed, and it has "
             f"{'more' if len(data) > wanted else f'{len(data):,}'} now; it was changed in the meantime"
         )
 
@@ -504,7 +513,7 @@ class StoreFolder:
         written = self._asked("write", name, lambda: int(self._filesystem.size(path)))
         if written != expected:
             self.remove(name)
-            raise TrainingFailed(f"cannot write {redact(join(self.url, name))}: {written} of {expected} bytes arrived")
+            raise TrainingFailed(f"cannot write {join(self.url, name)}: {written} of {expected} bytes arrived")
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is no error."""
@@ -518,9 +527,11 @@ class StoreFolder:
         self._asked("remove", name, gone)
 
     def _inside(self, info: dict[str, Any]) -> str:
-        return str(info["name"]).lstrip("/")[len(self._path.lstrip("/")) :].removeprefix("/")
+        name, above = str(info["name"]).lstrip("/"), self._path.lstrip("/")
+        assert name.startswith(above), f"{name} is listed in {above}"
+        return name[len(above) :].removeprefix("/")
 
-    def _listed(self, doing: str, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _listed(self, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
         def listed() -> list[dict[str, Any]]:
             self._filesystem.invalidate_cache()
             try:
@@ -531,7 +542,7 @@ class StoreFolder:
                 # fsspec keeps what it has listed, which for a million files is a gigabyte.
                 self._filesystem.invalidate_cache()
 
-        return self._asked(doing, "", listed)
+        return self._asked("list", "", listed)
 
     def _asked(self, doing: str, name: str, operation: Callable[[], Result]) -> Result:
         def asked() -> Result:
@@ -545,7 +556,7 @@ class StoreFolder:
         try:
             return _patiently(self.url, asked)
         except Exception as error:
-            shown = redact(join(self.url, name) if name else self.url)
+            shown = join(self.url, name) if name else self.url  # which may hold no secret; a name may hold a ? or a #
             if isinstance(error, PermissionError):
                 raise UserError(
                     f"cannot {doing} {shown}: the store refuses access; check the credentials in the environment, and "

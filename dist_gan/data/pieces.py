@@ -205,14 +205,13 @@ class PieceReader:
             return storage.read_range(url, start, end, patience=self._patience)
         except UserError:
             raise
+        except ConnectionError as error:
+            reason = f"{error}; data.patience_s says how long it is asked again"
         except OSError as error:
             reason = storage.why(error)
         except Exception as error:  # a store's client has exceptions of its own, and what they say may hold a secret
             reason = type(error).__name__
-        raise TrainingFailed(
-            f"cannot read {storage.redact(url)}: {reason} (asked again for up to {self._patience.seconds:.0f} s, "
-            f"data.patience_s)"
-        )
+        raise TrainingFailed(f"cannot read {storage.redact(url)}: {reason}")
 
     def _shard(self, piece: Piece) -> Shard:
         return self._sources[piece.source].manifest.shards[piece.shard]

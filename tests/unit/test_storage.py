@@ -404,6 +404,9 @@ def test_a_file_is_read_as_it_was_listed_or_not_at_all(store: storage.StoreFolde
         store.read("x", size=99)
     with pytest.raises(FileNotFoundError):
         store.read("y", size=1)
+    put(store, "a?b#c", b"12")
+    with pytest.raises(TrainingFailed, match=r"photos/a\?b#c: 1 bytes"):
+        store.read("a?b#c", size=1)
 
 
 def test_an_upload_is_whole_or_an_error_and_gone(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
+from benchmarks.stream import SlowServer
 from dist_gan import storage
+from dist_gan.data.manifest import check_shards, read_manifest
 from dist_gan.types import TrainingFailed
 from tests.conftest import ROOT, environment, launch_command
 from tests.scenarios.test_runs import assert_same_state, outcome
@@ -218,3 +222,47 @@ def test_a_cached_piece_that_was_damaged_is_read_from_the_store_again(store: Fau
     store.reads.clear()
     assert keys_of(stream(URL, **cache), 35) == wanted
     assert store.reads == [], "and kept, sound"
+
+
+# -- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_behind_a_web_server_are_read_by_ranges(small_shards: Path) -> None:
+    class Answers(SlowServer):
+        folder = small_shards
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert keys_of(stream(url, cache=0), 35) == keys_of(stream(small_shards, cache=0), 35)
+    assert check_shards(url, read_manifest(url)) == []
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_shard_that_was_changed_under_its_name_is_not_trained_on(small_shards: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(small_shards, tmp_path / "changed"))
+    first, second = (changed / shard.name for shard in read_manifest(str(changed)).shards[:2])
+    size = first.stat().st_size
+    first.write_bytes(second.read_bytes()[:size].ljust(size, b"\0"))
+    with pytest.raises(TrainingFailed, match=rf"{first.name}: .*and nothing in the shard can take its place"):
+        keys_of(stream(changed, cache=0, max_bad=1.0), 35)
+
+
+def test_a_secret_in_a_url_is_refused_and_repeated_nowhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["configs/dcgan-cifar10.yaml", "data.url=https://host/x?sig=canary-77", f"run.dir={run}"]
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "data.url: 'https://host/x' came with a user part or a query" in done.stdout
+    assert "canary" not in done.stdout + done.stderr
+    assert outcome(run)["code"] == 2
+    assert not any(b"canary" in path.read_bytes() for path in run.rglob("*") if path.is_file())

@@ -24,6 +24,7 @@ from benchmarks.parity_cases import loss_cases, strategy_cases
 from dist_gan import tensorfile
 from dist_gan.config import DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
+from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -52,7 +53,7 @@ def train_case(config: RunConfig, runtime: Runtime) -> tuple[dict[str, Any], dic
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
     slots = runtime.slots(config.run.batch)
     stream = ImageStream(
-        config.data.url, read_manifest(config.data.url), section=config.data, resolution=16, channels=3,
+        [(Source(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3,
         classes=config.networks.classes, batch=config.run.batch, slots=slots, draws=draws,
     )  # fmt: skip
     networks = build_networks(config.networks, seed=1)

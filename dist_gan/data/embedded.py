@@ -37,12 +37,13 @@ def prepare_data(config: RunConfig) -> list[str]:
         (url,) = data_sources(config)
         pack(ArraySource(images, labels, class_names=CLASS_NAMES), url, workers=1)
     elif isinstance(config.data, ShardsData):
-        networks, lenient = config.networks, config.data.bad_images == "substitute"
+        networks, substitute = config.networks, config.data.bad_images == "substitute"
         assert not isinstance(networks, MLPNetworks)
         for url in data_sources(config):
             manifest = read_manifest(url)
             check_fit(
                 url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes
             )
-            notes += check_shards(url, manifest, allow_other_sizes=lenient)
+            may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else 0
+            notes += check_shards(url, manifest, may_lose=may_lose)
     return notes

@@ -108,13 +108,17 @@ def write_manifest(url: str, manifest: Manifest) -> None:
     storage.publish(storage.join(url, NAME), _canonical(_to_json(manifest)) + b"\n")
 
 
-def check_shards(url: str, manifest: Manifest, *, allow_other_sizes: bool = False) -> list[str]:
+def check_shards(url: str, manifest: Manifest, *, may_lose: int = 0) -> list[str]:
     """Every shard is there with the stated number of bytes (contents are for `dist-gan verify`).
 
     Args:
         url: folder of the shards.
         manifest: what should be in it.
-        allow_other_sizes: gives a sentence for each shard of another size, instead of raising.
+        may_lose: images that shards of another size may have lost, in all, without an error: those behind the end of a
+            shorter file, and all of a longer one, for who knows where it grew.
+
+    Returns:
+        A sentence for each shard of another size.
 
     Raises:
         UserError: names the first shard that is not as stated, and how many are not.
@@ -124,12 +128,11 @@ def check_shards(url: str, manifest: Manifest, *, allow_other_sizes: bool = Fals
     except OSError as error:
         raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error)}") from error
     wrong = [shard for shard in manifest.shards if found[shard.name] != shard.bytes]
-    if not wrong:
-        return []
-    if allow_other_sizes and all(found[shard.name] is not None for shard in wrong):
+    lost = sum(_lost(shard, found[shard.name]) for shard in wrong)
+    if lost <= may_lose and all(found[shard.name] is not None for shard in wrong):
         return [
             f"{storage.redact(storage.join(url, shard.name))}: has {found[shard.name]:,} bytes, the manifest says "
-            f"{shard.bytes:,}; what is damaged in it will be substituted, up to data.max_bad"
+            f"{shard.bytes:,}; up to {_lost(shard, found[shard.name]):,} of its images are going to be substituted"
             for shard in wrong
         ]
     first = next((shard for shard in wrong if found[shard.name] is None), wrong[0])
@@ -141,6 +144,13 @@ def check_shards(url: str, manifest: Manifest, *, allow_other_sizes: bool = Fals
         f"is this the manifest of another data set, or a copy that was cut off? Copy the folder again, or run "
         f"`dist-gan index --force` if the shards are right"
     )
+
+
+def _lost(shard: Shard, size: int | None) -> int:
+    """Images of a shard that a file of another size cannot be trusted to have."""
+    if size is None or size > shard.bytes:
+        return len(shard.keys)
+    return sum(offset + length > size for offset, length in zip(shard.offsets, shard.sizes, strict=True))
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:

@@ -277,7 +277,7 @@ class Runtime:
         for name in mine:
             values = [theirs.get(name) for theirs in everywhere]
             if len(set(values)) > 1:
-                common = max(set(values), key=values.count)
+                common = max(values, key=values.count)  # of equally many, what rank 0 has
                 odd = [r for r, v in enumerate(values) if v != common]
                 raise TrainingFailed(
                     f"the replicas differ: tensor {name} on rank {', '.join(map(str, odd))} is not that of the other "

@@ -258,7 +258,8 @@ def test_an_image_that_turns_bad_after_packing_ends_the_run_and_names_it(tmp_pat
         file.seek(shard.offsets[3])
         file.write(b"\0" * shard.sizes[3])
     run = tmp_path / "run"
-    done = launch(ROOT / "train.py", [*recipe(shards), f"run.dir={run}", "run.images=1400"], processes=2)
+    settings = [*recipe(shards), f"run.dir={run}", "run.images=1400", "data.bad_images=fail"]
+    done = launch(ROOT / "train.py", settings, processes=2)
     assert done.returncode == 1, "the launcher's code for any failure"
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["code"] == 3

@@ -44,6 +44,6 @@ def prepare_data(config: RunConfig) -> list[str]:
             check_fit(
                 url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes
             )
-            may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else 0
+            may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else None
             notes += check_shards(url, manifest, may_lose=may_lose)
     return notes

@@ -108,14 +108,15 @@ def write_manifest(url: str, manifest: Manifest) -> None:
     storage.publish(storage.join(url, NAME), _canonical(_to_json(manifest)) + b"\n")
 
 
-def check_shards(url: str, manifest: Manifest, *, may_lose: int = 0) -> list[str]:
+def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -> list[str]:
     """Every shard is there with the stated number of bytes (contents are for `dist-gan verify`).
 
     Args:
         url: folder of the shards.
         manifest: what should be in it.
         may_lose: images that shards of another size may have lost, in all, without an error: those behind the end of a
-            shorter file, and all of a longer one, for who knows where it grew.
+            shorter file, and all of a longer one, for who knows where it grew. None: no shard may have another size,
+            though it should lack nothing but the end mark of the tar.
 
     Returns:
         A sentence for each shard of another size.
@@ -128,8 +129,10 @@ def check_shards(url: str, manifest: Manifest, *, may_lose: int = 0) -> list[str
     except OSError as error:
         raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error)}") from error
     wrong = [shard for shard in manifest.shards if found[shard.name] != shard.bytes]
+    if not wrong:
+        return []
     lost = sum(_lost(shard, found[shard.name]) for shard in wrong)
-    if lost <= may_lose and all(found[shard.name] is not None for shard in wrong):
+    if may_lose is not None and lost <= may_lose and all(found[shard.name] is not None for shard in wrong):
         return [
             f"{storage.redact(storage.join(url, shard.name))}: has {found[shard.name]:,} bytes, the manifest says "
             f"{shard.bytes:,}; up to {_lost(shard, found[shard.name]):,} of its images are going to be substituted"

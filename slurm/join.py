@@ -66,7 +66,8 @@ def listen(number: int, nodes: list[str], head: str, port: int, *, seconds: floa
     try:
         server = socket.create_server(("", port))
     except OSError as error:
-        return f"port {port} on node {nodes[0]} cannot be used ({os.strerror(error.errno or 0)}); choose another one (DIST_GAN_PORT)"
+        why = os.strerror(error.errno or 0)
+        return f"port {port} on node {nodes[0]} cannot be used ({why}); choose another one (DIST_GAN_PORT)"
     absent = set(range(1, len(nodes)))
     deadline = time.monotonic() + seconds + HEAD_LATER_S
     with server:

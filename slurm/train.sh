@@ -22,15 +22,15 @@
 set -euo pipefail
 
 # What a cluster may need; edit it here, or set the variable before sbatch.
-venv="${DIST_GAN_VENV:-}"                     # virtual environment to activate
-modules="${DIST_GAN_MODULES:-}"               # modules to load: "cuda/12.6 python/3.12"
-export DIST_GAN_CONTAINER="${DIST_GAN_CONTAINER:-}" # words before the launcher: "apptainer exec --nv gan.sif"
-launch_file="${DIST_GAN_LAUNCH:-}"            # of launch/; without it many-nodes.yaml on GPUs and cpu.yaml without
-cpu_processes="${DIST_GAN_PROCESSES:-1}"      # processes a node where the job has no GPUs
-head_address="${DIST_GAN_HEAD:-}"             # of the first node, as the others reach it
-port="${DIST_GAN_PORT:-}"                     # free on the first node, open to the others
-join_s="${DIST_GAN_JOIN_S:-300}"              # seconds for all nodes to meet
-max_crashes="${DIST_GAN_MAX_CRASHES:-5}"      # times that this job is requeued after a crash
+venv="${DIST_GAN_VENV:-}"                # virtual environment to activate
+modules="${DIST_GAN_MODULES:-}"          # modules to load: "cuda/12.6 python/3.12"
+container="${DIST_GAN_CONTAINER:-}"      # words before the launcher: "apptainer exec --nv gan.sif"
+launch_file="${DIST_GAN_LAUNCH:-}"       # without it launch/many-nodes.yaml on GPUs, launch/cpu.yaml where there are none
+cpu_processes="${DIST_GAN_PROCESSES:-1}" # processes a node where the job has no GPUs
+head_address="${DIST_GAN_HEAD:-}"        # of the first node, as the others reach it
+port="${DIST_GAN_PORT:-}"                # free on the first node, open to the others
+join_s="${DIST_GAN_JOIN_S:-300}"         # seconds for all nodes to meet
+max_crashes="${DIST_GAN_MAX_CRASHES:-5}" # times that this job is requeued after a crash
 
 say() { printf 'dist_gan: %s\n' "$*"; }
 fail() { say "$*"; exit 2; }
@@ -66,15 +66,17 @@ if [[ -z "$run_dir" ]]; then # the same at every requeue of this job
   run_dir="runs/$name"
   arguments+=("run.dir=$run_dir")
 fi
-say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${arguments[*]}"
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), in $run_dir"
 
 # -- one job a run folder ---------------------------------------------------------------------------------------------
 
 mkdir -p "$run_dir/slurm" || fail "run.dir: cannot write in $run_dir"
 exec 9>>"$run_dir/slurm/lock"
 # What an earlier start of this job has left behind on a lost node may still be ending.
-flock --wait "$((${SLURM_RESTART_COUNT:-0} > 0 ? 120 : 0))" 9 ||
+flock --wait "$((${SLURM_RESTART_COUNT:-0} > 0 ? 120 : 0))" --conflict-exit-code 9 9 || {
+  (($? == 9)) || fail "run.dir: the file system of $run_dir has no locks; mount it with them, or choose another run.dir"
   fail "run.dir: $run_dir is in use by job $(cut -d. -f1 "$run_dir/slurm/lock"); wait for it to end, or choose another run.dir"
+}
 mark="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 echo "$mark" >"$run_dir/slurm/lock"
 
@@ -140,10 +142,11 @@ run_step() { # in the background, because bash looks at signals between commands
   done
 }
 
+export CONTAINER="$container" RUN_DIR="$run_dir"
 join_log="$run_dir/slurm/join.log"
 : >"$join_log"
 # shellcheck disable=SC2016
-if ! run_step --output="$join_log" bash -c 'trap "" USR2; exec $DIST_GAN_CONTAINER python slurm/join.py "$@"' bash \
+if ! run_step --output="$join_log" bash -c 'trap "" USR2; exec $CONTAINER python slurm/join.py "$@"' bash \
   --head "$head_address" --port "$port" --seconds "$join_s" --lock "$run_dir/slurm/lock" --mark "$mark" "${nodes[@]}"; then
   grep --max-count=1 '^dist_gan: ' "$join_log" || { say "the nodes did not meet:" && tail -n 20 "$join_log"; }
   exit 2
@@ -155,17 +158,16 @@ fi
 node='
   trap "" USR2
   trap : TERM
-  $DIST_GAN_CONTAINER accelerate launch --machine_rank "$SLURM_NODEID" "$@" && exit 0
+  $CONTAINER accelerate launch --machine_rank "$SLURM_NODEID" "$@" && exit 0
   for ((i = 0; i < 30; i++)); do [[ -e "$RUN_DIR/outcome.json" ]] && break || sleep 0.5; done
   exit 1'
-export RUN_DIR="$run_dir"
 if [[ -n "$asked$ended" ]]; then
   say "stopped before the training began, and not requeued"
   exit 75
 fi
 run_step --output="$run_dir/slurm/node-%n.log" bash -c "$node" bash \
-    --config_file "$launch_file" --gpu_ids all --rdzv_backend static --main_process_ip "$head_address" --main_process_port "$port" \
-    --num_machines "${#nodes[@]}" --num_processes "$((per_node * ${#nodes[@]}))" train.py "${arguments[@]}" || true
+  --config_file "$launch_file" --gpu_ids all --rdzv_backend static --main_process_ip "$head_address" --main_process_port "$port" \
+  --num_machines "${#nodes[@]}" --num_processes "$((per_node * ${#nodes[@]}))" train.py "${arguments[@]}" || true
 
 # -- what next --------------------------------------------------------------------------------------------------------
 
@@ -196,6 +198,5 @@ if [[ "$outcome" == crashed ]]; then
   fi
 fi
 say "requeued, to go on from $(basename "$(dirname "$(newest_commit)")")"
-scontrol requeue "$SLURM_JOB_ID" ||
-  say "Slurm refused to requeue; go on with: sbatch slurm/train.sh ${arguments[*]}"
+scontrol requeue "$SLURM_JOB_ID" || say "Slurm refused to requeue; go on with the same command and run.dir=$run_dir"
 exit "$code"

@@ -20,7 +20,7 @@ from tests.scenarios.test_runs import assert_same_state, events, outcome
 
 TRAIN = ROOT / "train.py"
 STEP_TIMEOUT_S = 10
-LEFT_WITHIN_S = STEP_TIMEOUT_S + 45
+LEFT_WITHIN_S = STEP_TIMEOUT_S + 35
 """Patience, asking the store twice, torchrun's own wait for the other agents, the interpreter's exit."""
 
 

@@ -97,7 +97,10 @@ class Runtime:
         """Cores over the processes of this machine: launchers set one thread where nobody says otherwise."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(self.section.threads or max(1, cores // local))
+        threads = self.section.threads or max(1, cores // local)
+        torch.set_num_threads(threads)
+        # Where no launcher has set it (torchrun with one process a machine), accelerate would set threads of its own.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
     def describe(self) -> dict[str, Any]:
         """What the run is started on, for its first event."""

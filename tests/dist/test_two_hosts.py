@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, environment, launch
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 
 TRAIN = ROOT / "train.py"
+ADDRESS = "10.213.7.1"
+"""Of the first host."""
 STEP_TIMEOUT_S = 10
 LEFT_WITHIN_S = STEP_TIMEOUT_S + 35
-"""Patience, asking the store twice, torchrun's own wait for the other agents, the interpreter's exit."""
+"""The page on launching says 20 s more than the patience; the rest is for a machine that is busy."""
 
 
 class Hosts(NamedTuple):
@@ -29,28 +33,37 @@ class Hosts(NamedTuple):
 
     names: tuple[str, str]
 
-    def start(
-        self, arguments: Sequence[str], *, port: int, logs: Path, mounts: tuple[str, str] = (":", ":")
+    def run(
+        self, commands: Sequence[Sequence[str]], *, logs: Path, mounts: tuple[str, str] = (":", ":"), **variables: str
     ) -> list[subprocess.Popen[bytes]]:
-        """A launcher on each host, as a person would start them; what they say is in `logs`/host-N.log."""
+        """A command on each host; what they say is in `logs`/host-N.log."""
         logs.mkdir(exist_ok=True)
         processes = []
-        for rank, (name, mount) in enumerate(zip(self.names, mounts, strict=True)):
+        for rank, (name, command, mount) in enumerate(zip(self.names, commands, mounts, strict=True)):
             script = f'set -e; hostname host-{"ab"[rank]}; {mount}; exec "$@"'
-            command = [
-                "ip", "netns", "exec", name, "unshare", "--mount", "--uts", "bash", "-c", script, "bash",
-                sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu.yaml"),
-                "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", "10.213.7.1",
-                "--main_process_port", str(port), str(TRAIN), *arguments,
-            ]  # fmt: skip
+            apart = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "bash", "-c", script, "bash"]
             with open(logs / f"host-{rank}.log", "ab") as log:
                 processes.append(
                     subprocess.Popen(
-                        command, cwd=ROOT, env=environment(GLOO_SOCKET_IFNAME="cable"), stdout=log, stderr=log,
-                        start_new_session=True,
+                        [*apart, *command], cwd=ROOT, env=environment(GLOO_SOCKET_IFNAME="cable", **variables),
+                        stdout=log, stderr=log, start_new_session=True,
                     )
                 )  # fmt: skip
         return processes
+
+    def launch(
+        self, arguments: Sequence[str], *, port: int, logs: Path, mounts: tuple[str, str] = (":", ":")
+    ) -> list[subprocess.Popen[bytes]]:
+        """`accelerate launch` on each host, as a person would start it."""
+        commands = [
+            [
+                sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu.yaml"),
+                "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", ADDRESS,
+                "--main_process_port", str(port), str(TRAIN), *arguments,
+            ]
+            for rank in (0, 1)
+        ]  # fmt: skip
+        return self.run(commands, logs=logs, mounts=mounts)
 
     def plug(self, *, connected: bool) -> None:
         """Puts the cable in, or pulls it out."""
@@ -74,7 +87,7 @@ def hosts() -> Iterator[Hosts]:
         ip("netns", "add", names[1])
         ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
         for number, name in enumerate(names, start=1):
-            ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", "cable")
+            ip("-n", name, "address", "add", f"{ADDRESS[:-1]}{number}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield Hosts(names)
@@ -107,7 +120,7 @@ def test_two_hosts_train_to_the_weights_of_one_survive_a_cut_cable_and_resume(
     one, two, logs = tmp_path / "one", tmp_path / "two", tmp_path / "logs"
     assert launch(TRAIN, small(small_shards, one), processes=2).returncode == 0
 
-    processes = hosts.start(small(small_shards, two), port=29_501, logs=logs)
+    processes = hosts.launch(small(small_shards, two), port=29_501, logs=logs)
     deadline = time.monotonic() + 90
     while not list(two.glob("checkpoints/*/COMMIT")):
         assert all(process.poll() is None for process in processes), said(logs)
@@ -127,11 +140,39 @@ def test_two_hosts_train_to_the_weights_of_one_survive_a_cut_cable_and_resume(
     assert "rank 0's launcher does not answer host-b" in second[0]
 
     hosts.plug(connected=True)
-    for process in hosts.start(small(small_shards, two), port=29_502, logs=logs):
+    for process in hosts.launch(small(small_shards, two), port=29_502, logs=logs):
         assert process.wait(timeout=120) == 0
     assert outcome(two)["outcome"] == "finished"
     assert [e["event"] for e in events(two) if e["event"] in ("start", "resume", "end")] == ["start", "resume", "end"]
     assert (two / "run.lock").read_text().endswith("on host-a")
+    assert_same_state(one, two)
+
+
+@pytest.mark.timeout(180)
+def test_the_kubernetes_manifest_holds_a_torchrun_that_trains_two_hosts_to_the_weights_of_one(
+    hosts: Hosts, small_shards: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launch(TRAIN, small(small_shards, one, "run.images=640"), processes=2).returncode == 0
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    commands = []
+    for number, role in enumerate(("Master", "Worker")):
+        (container,) = job["spec"]["pytorchReplicaSpecs"][role]["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["command"] == ["torchrun"]
+        given = {"RANK": str(number), "MASTER_ADDR": ADDRESS, "MASTER_PORT": str(container["ports"][0]["containerPort"])}
+        arguments = [re.sub(r"\$\((\w+)\)", lambda match, given=given: given[match[1]], a) for a in container["args"]]
+        arguments[arguments.index("--nproc_per_node=8")] = "--nproc_per_node=1"
+        place = arguments.index("train.py")
+        commands.append(
+            [sys.executable, "-m", "torch.distributed.run", *arguments[: place + 1]]
+            + small(small_shards, two, "run.images=640")
+        )
+    # As the operator sets it: the number of pods, which is not that of ranks once a pod has several.
+    for process in hosts.run(commands, logs=tmp_path / "logs", WORLD_SIZE="2"):
+        assert process.wait(timeout=90) == 0, (tmp_path / "logs" / "host-0.log").read_text()[-3000:]
+    assert events(two)[0]["world_size"] == 2
     assert_same_state(one, two)
 
 
@@ -143,7 +184,7 @@ def test_a_run_folder_that_only_the_first_host_sees_is_refused_with_the_name_of_
     disk.mkdir()
     began = time.monotonic()
     mounts = (":", f"mount -t tmpfs tmpfs {disk}")
-    for process in hosts.start(small(small_shards, disk / "run"), port=29_503, logs=logs, mounts=mounts):
+    for process in hosts.launch(small(small_shards, disk / "run"), port=29_503, logs=logs, mounts=mounts):
         assert process.wait(timeout=60) != 0
     assert time.monotonic() - began < 60
     left = json.loads((disk / "run" / "outcome.json").read_text())

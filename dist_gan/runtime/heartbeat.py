@@ -142,11 +142,11 @@ class Heartbeat:
         os._exit(1)
 
     def _read(self) -> list[Beat | None]:
-        found: list[Beat | None] = []
-        for rank in range(self._world_size):
-            key = f"dist_gan/beat/{rank}"
-            found.append(Beat(*json.loads(self._store.get(key))) if self._store.check([key]) else None)
-        return found
+        keys = [f"dist_gan/beat/{rank}" for rank in range(self._world_size)]
+        # Two requests while everybody has beaten once: all ranks ask at the same time when one is lost.
+        here = [True] * len(keys) if self._store.check(keys) else [self._store.check([key]) for key in keys]
+        values = iter(self._store.multi_get([key for key, there in zip(keys, here, strict=True) if there]))
+        return [Beat(*json.loads(next(values))) if there else None for there in here]
 
 
 def _where(beat: Beat | None) -> str:

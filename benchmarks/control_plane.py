@@ -96,11 +96,12 @@ def main() -> None:
             pack(ArraySource(pixels), str(shards), samples_per_shard=500, workers=1)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        results = [measure(ranks, Path(folder, str(ranks)), shards, megabytes=given.megabytes) for ranks in given.ranks]
-    if given.json:
-        for result in results:
-            print(json.dumps(result))
-    else:
+        results = []
+        for ranks in given.ranks:
+            results.append(measure(ranks, Path(folder, str(ranks)), shards, megabytes=given.megabytes))
+            if given.json:
+                print(json.dumps(results[-1]), flush=True)
+    if not given.json:
         width = max(map(len, results[0]))
         for name in results[0]:
             print(f"{name:{width}}" + "".join(f"{result[name]:>12,.6g}" for result in results))

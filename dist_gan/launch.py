@@ -18,13 +18,17 @@ from dist_gan.config import RunConfig
 from dist_gan.config_reader import to_yaml
 from dist_gan.data import Stage
 from dist_gan.data.embedded import prepare_data
-from dist_gan.run_folder import OUTCOME, RunFolder, refuse, write_outcome
-from dist_gan.runtime import Runtime, StopRequest, read_launch
+from dist_gan.run_folder import OUTCOME, RunFolder, refuse, sees_attempt, write_outcome
+from dist_gan.runtime import Missing, Runtime, StopRequest, read_launch
 from dist_gan.trainer import End, build, fit
 from dist_gan.types import TrainingFailed, UserError
 
 FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _ForRankZeroToSay(UserError):
+    """What all ranks know, and this one has no place to ask whether it has been said."""
 
 
 def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
@@ -56,7 +60,7 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
                 say(note)
         else:
             launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
-        runtime = Runtime(config.runtime, launched, on_lost=lambda reason: _lost(config, folder, reason))
+        runtime = Runtime(config.runtime, launched, on_lost=lambda missing: _lost(config, folder, missing))
         stop = StopRequest()
         end = _train(config, runtime, folder, stop, stages)
         code = FINISHED if end.stopped_by is None else PREEMPTED
@@ -66,6 +70,8 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
             folder.write_outcome(outcome, code=code, images=end.images, reason=reason, commit=end.commit)
         runtime.barrier()
         return FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
+    except _ForRankZeroToSay:
+        return CONFIGURATION_WRONG
     except UserError as error:
         return _leave(config, folder, "configuration_wrong", code=CONFIGURATION_WRONG, reason=str(error))
     except TrainingFailed as error:
@@ -76,11 +82,9 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
             return _leave(config, folder, "failed", code=FAILED, reason=reason)
         if _outcome(config).exists():
             return CRASHED  # another rank has said what happened; this one only lost the connection
-        lost = runtime.lost() if runtime is not None and isinstance(error, RuntimeError) else None
-        if lost is not None:
-            return _leave(
-                config, folder, "crashed", code=CRASHED, reason=f"{lost}; start the same command again to resume"
-            )
+        missing = runtime.lost() if runtime is not None and isinstance(error, RuntimeError) else Missing(None)
+        if missing.reason is not None:
+            return _lost(config, folder, missing)
         traceback.print_exc()
         return _leave(config, folder, "crashed", code=CRASHED, reason=f"{type(error).__name__}: {error}")
     finally:
@@ -92,9 +96,13 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
             stop.close()
 
 
-def _lost(config: RunConfig, folder: RunFolder | None, reason: str) -> None:
-    """What the heartbeat's thread says before it ends the process."""
-    _leave(config, folder, "crashed", code=CRASHED, reason=f"{reason}; start the same command again to resume")
+def _lost(config: RunConfig, folder: RunFolder | None, missing: Missing) -> int:
+    """Says who is missing; a process that is cut off from the first machine cannot leave that to another one."""
+    reason = f"{missing.reason}; start the same command again to resume"
+    if missing.cut_off and int(os.environ.get("LOCAL_RANK", "0")) == 0 and _outcome(config).exists():
+        say(reason)
+        return CRASHED
+    return _leave(config, folder, "crashed", code=CRASHED, reason=reason)
 
 
 def _train(
@@ -102,6 +110,7 @@ def _train(
 ) -> End:
     _refuse_strangers(config, runtime)
     attempt = runtime.share_json(folder.attempt if folder else None)
+    _refuse_a_private_folder(config, runtime, attempt=attempt)
     parts = build(config, runtime, stop, attempt=attempt, stages=stages)
     try:
         return fit(parts)
@@ -128,6 +137,20 @@ def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
                 f"{name} of rank {', '.join(map(str, strangers))} differ from rank 0's ({other} and {value}); start the same "
                 f"command, from the same checkout and environment, on every machine"
             )
+
+
+def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: int) -> None:
+    """Raises unless all ranks see the run folder of rank 0."""
+    blind = None if sees_attempt(Path(config.run.dir), attempt) else f"rank {runtime.rank} on {platform.node()}"
+    names = [name for name in runtime.gather_json(blind) if name is not None]
+    if not names:
+        return
+    if not runtime.is_main:
+        raise _ForRankZeroToSay
+    raise UserError(
+        f"run.dir: {', '.join(names)} does not see {config.run.dir} as rank 0 does; choose a run.dir on a disk that all "
+        f"machines share"
+    )
 
 
 def code_hash() -> str:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,10 @@ from dist_gan.config_reader import differences, to_yaml
 from dist_gan.types import UserError
 
 OUTCOME = "outcome.json"
+ATTEMPTS = "attempts"
+"""How often the run has been started."""
+SEEN_WITHIN_S = 15.0
+"""A network file system shows a new file within this time."""
 STARTS = "attempts.jsonl"
 """A line for each attempt that began to train, and one for each that ended as it should."""
 
@@ -58,6 +63,12 @@ class RunFolder:
             raise UserError(
                 f"run.dir: {self.path} is in use by {owner}; wait for it to end, stop it, or choose another run.dir"
             ) from error
+        except OSError as error:
+            lock.close()
+            raise UserError(
+                f"run.dir: the file system of {self.path} has no locks ({error.strerror}); mount it with them, or choose "
+                f"another run.dir"
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
@@ -83,7 +94,7 @@ class RunFolder:
             )
 
     def _next_attempt(self) -> int:
-        counter = self.path / "attempts"
+        counter = self.path / ATTEMPTS
         attempt = int(counter.read_text()) + 1 if counter.exists() else 1
         storage.publish(str(counter), f"{attempt}\n".encode())
         return attempt
@@ -96,6 +107,19 @@ class RunFolder:
     def close(self) -> None:
         """Gives the folder up."""
         self._lock.close()
+
+
+def sees_attempt(folder: Path, attempt: int) -> bool:
+    """Whether this process sees the folder in which rank 0 has begun an attempt."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        with suppress(OSError, ValueError):
+            os.listdir(folder)  # a client of a network file system looks anew
+            if int((folder / ATTEMPTS).read_text()) == attempt:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
 
 
 def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | None:

@@ -22,6 +22,8 @@ from torch.distributed.distributed_c10d import Store
 INTERVAL_S = 1.0
 SILENT_AFTER_S = 4.0
 """Without a beat for so long, a process is not merely late."""
+STORE_AWAY_AFTER_S = 3 * SILENT_AFTER_S
+"""Without an answer of the store for so long, its machine is gone, or the way there."""
 
 
 class Beat(NamedTuple):
@@ -35,6 +37,15 @@ class Beat(NamedTuple):
     pid: int
 
 
+class Missing(NamedTuple):
+    """What a process could find out about the others."""
+
+    reason: str | None
+    """Who died or hangs, in one sentence; None if everybody lives and is equally far."""
+    cut_off: bool = False
+    """Whether the store did not answer, so that nothing is known of the others, and they may know nothing of this one."""
+
+
 class Heartbeat:
     """The signs of life of one process.
 
@@ -43,11 +54,11 @@ class Heartbeat:
         rank: of this process.
         world_size: of the launch.
         patience_s: seconds without a landmark after which this process looks for the culprit and ends.
-        on_failure: is told in one sentence who is missing; the process ends when it returns.
+        on_failure: is told who is missing; the process ends when it returns.
     """
 
     def __init__(
-        self, store: Store, *, rank: int, world_size: int, patience_s: float, on_failure: Callable[[str], None]
+        self, store: Store, *, rank: int, world_size: int, patience_s: float, on_failure: Callable[[Missing], object]
     ) -> None:
         self.patience_s = patience_s
         self._store, self._rank, self._world_size = store, rank, world_size
@@ -68,8 +79,23 @@ class Heartbeat:
         self._stop.set()
         self._thread.join(timeout=2 * INTERVAL_S)
 
-    def missing(self) -> str | None:
-        """Who died, and who hangs, in one sentence; None if everybody lives and is equally far. Takes a few seconds."""
+    def missing(self) -> Missing:
+        """Who died, and who hangs. Takes a few seconds, and ends even if the store's machine no longer answers."""
+        found: list[Missing] = []
+
+        def ask() -> None:
+            try:
+                found.append(Missing(self._missing()))
+            except Exception as error:
+                found.append(Missing(_store_away(type(error).__name__), cut_off=True))
+
+        # A connection without another end answers after minutes, if at all.
+        asking = threading.Thread(target=ask, name="heartbeat-missing", daemon=True)
+        asking.start()
+        asking.join(timeout=STORE_AWAY_AFTER_S)
+        return found[0] if found else Missing(_store_away(f"for {STORE_AWAY_AFTER_S:.0f} s"), cut_off=True)
+
+    def _missing(self) -> str | None:
         before = self._read()
         deadline = time.monotonic() + SILENT_AFTER_S
         dead = [r for r, beat in enumerate(before) if beat is not None and not _alive(beat)]
@@ -107,30 +133,33 @@ class Heartbeat:
         self._store.set(f"dist_gan/beat/{self._rank}", json.dumps(mine))
 
     def _give_up(self, waited: float) -> None:
-        try:
-            found = self.missing()
-        except Exception as error:
-            found = f"and the launcher's store does not answer ({type(error).__name__})"
+        found = self.missing()
         if self._since > time.monotonic() - self.patience_s:
             return  # it went on while we were looking
-        self._on_failure(
-            f"no progress for {waited:.0f} s ({self._place}): " + (found or "every rank waits at the same place")
-        )
+        reason = found.reason or "every rank waits at the same place"
+        self._on_failure(found._replace(reason=f"no progress for {waited:.0f} s ({self._place}): {reason}"))
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(1)
 
     def _read(self) -> list[Beat | None]:
-        found: list[Beat | None] = []
-        for rank in range(self._world_size):
-            key = f"dist_gan/beat/{rank}"
-            found.append(Beat(*json.loads(self._store.get(key))) if self._store.check([key]) else None)
-        return found
+        keys = [f"dist_gan/beat/{rank}" for rank in range(self._world_size)]
+        # Two requests while everybody has beaten once: all ranks ask at the same time when one is lost.
+        here = [True] * len(keys) if self._store.check(keys) else [self._store.check([key]) for key in keys]
+        values = iter(self._store.multi_get([key for key, there in zip(keys, here, strict=True) if there]))
+        return [Beat(*json.loads(next(values))) if there else None for there in here]
 
 
 def _where(beat: Beat | None) -> str:
     if beat is None:
         return " and never gave a sign of life"
     return f" in: {beat.place} (process {beat.pid} on {beat.host})"
+
+
+def _store_away(how: str) -> str:
+    here = os.uname().nodename
+    return (
+        f"rank 0's launcher does not answer {here} ({how}): it has ended, or its machine or the network between is gone"
+    )
 
 
 def _alive(beat: Beat) -> bool:

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
 from dist_gan.runtime.fingerprint import Comparison
-from dist_gan.runtime.heartbeat import Heartbeat, private_store
+from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
 from dist_gan.types import Network, Networks, TrainingFailed
@@ -49,7 +49,7 @@ class Runtime:
     """
 
     def __init__(
-        self, section: RuntimeSection, launch: Launch, *, on_lost: Callable[[str], None] | None = None
+        self, section: RuntimeSection, launch: Launch, *, on_lost: Callable[[Missing], object] | None = None
     ) -> None:
         self.section = section
         self.launch = launch
@@ -82,7 +82,7 @@ class Runtime:
                 rank=self.rank,
                 world_size=self.world_size,
                 patience_s=section.start_timeout_s,
-                on_failure=on_lost or (lambda reason: print(f"dist_gan: {reason}", flush=True)),
+                on_failure=on_lost or (lambda missing: print(f"dist_gan: {missing.reason}", flush=True)),
             )
         if section.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -97,7 +97,10 @@ class Runtime:
         """Cores over the processes of this machine: launchers set one thread where nobody says otherwise."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(self.section.threads or max(1, cores // local))
+        threads = self.section.threads or max(1, cores // local)
+        torch.set_num_threads(threads)
+        # Where no launcher has set it (torchrun with one process a machine), accelerate would set threads of its own.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
     def describe(self) -> dict[str, Any]:
         """What the run is started on, for its first event."""
@@ -301,9 +304,9 @@ class Runtime:
         if self._heartbeat is not None:
             self._heartbeat.mark(place)
 
-    def lost(self) -> str | None:
-        """Which rank died or hangs, once a collective has failed; None if none can be named."""
-        return self._heartbeat.missing() if self._heartbeat is not None else None
+    def lost(self) -> Missing:
+        """Which rank died or hangs, once a collective has failed."""
+        return self._heartbeat.missing() if self._heartbeat is not None else Missing(None)
 
     def shorten_timeout(self) -> None:
         """After the first step a rank that is missing has failed: waits become short."""

@@ -1,0 +1,215 @@
+"""`sbatch slurm/train.sh` on a real Slurm of two nodes: it trains, is interrupted, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.test_runs import assert_same_state, events, outcome
+from tests.slurm.cluster import Cluster, command_line, wait_until
+from tests.slurm.conftest import outside_slurm
+
+SCRIPT = "slurm/train.sh"
+
+
+def said(project: Path, job: str) -> str:
+    return (project / f"slurm-{job}.out").read_text()
+
+
+def workers(cluster: Cluster, job: str) -> list[int]:
+    """The two training processes of a job, rank 0 first."""
+    found = {}
+    for pid in cluster.processes(job):
+        words = command_line(pid).split()
+        if len(words) > 2 and "python" in words[0] and words[1:3] == ["-u", "train.py"]:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found[variables.index(b"RANK=0") if b"RANK=0" in variables else 10**9] = pid
+    return [found[key] for key in sorted(found)]
+
+
+@contextmanager
+def frozen(cluster: Cluster, job: str, run: Path) -> Iterator[list[int]]:
+    """Holds both workers still in mid-run, as soon as there is a checkpoint: what comes next meets a run that is not done."""
+    wait_until(lambda: list(run.glob("checkpoints/*/COMMIT")), seconds=60, what="a checkpoint")
+    pids = workers(cluster, job)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pids
+    finally:
+        for pid in pids:
+            if command_line(pid):
+                os.kill(pid, signal.SIGCONT)
+
+
+def start_again(cluster: Cluster, job: str, *, restarts: int) -> None:
+    """Waits for a requeue, and spares the test the two minutes for which Slurm holds a requeued job back."""
+    wait_until(lambda: cluster.job(job)["Restarts"] == str(restarts), seconds=60, what=f"a requeue of job {job}")
+    deadline = time.monotonic() + 60
+    while cluster.job(job)["JobState"] != "RUNNING":
+        assert time.monotonic() < deadline, cluster.job(job)
+        # At once, the credential of this start would still be taken for the revoked one of the start before.
+        cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
+        time.sleep(6)
+
+
+def attempts(run: Path) -> list[tuple[str, int]]:
+    return [(e["event"], e["attempt"]) for e in events(run) if e["event"] in ("start", "resume", "preempted", "end")]
+
+
+@pytest.mark.timeout(120)
+def test_without_arguments_two_nodes_train_the_embedded_recipe_to_the_weights_of_two_processes(
+    cluster: Cluster, project: Path, tmp_path: Path
+) -> None:
+    job = cluster.submit(SCRIPT, cwd=project, DIST_GAN_VENV=sys.prefix)
+    reference = outside_slurm([], tmp_path / "run", project)
+    end = cluster.wait(job, seconds=90)
+    assert end["JobState"] == "COMPLETED", said(project, job)
+    assert end["Restarts"] == "0"
+    run = project / "runs" / f"slurm-{job}"
+    assert "finished" in said(project, job)
+    assert (run / "run.lock").read_text().endswith("on n0" if cluster.separate else ""), "rank 0 is on the first node"
+    assert events(run)[0]["world_size"] == 2
+    assert_same_state(reference, run)
+    assert "finished: 640 images" in (run / "slurm" / "node-0.log").read_text()
+    assert (run / "slurm" / "node-1.log").exists(), "a log for each node"
+
+
+@pytest.mark.timeout(180)
+def test_an_array_trains_a_line_of_the_sweep_for_each_index_and_refuses_an_index_without_one(
+    cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path
+) -> None:
+    points = ["configs/points.yaml", "run.images=2k"]
+    (project / "sweep.txt").write_text("\n".join(map(" ".join, (recipe, points))) + "\n")
+    array = cluster.submit("--array=1-3", SCRIPT, "sweep.txt", "log.samples=4", cwd=project)
+    ends = [cluster.wait(f"{array}_{index}", seconds=120) for index in (1, 2, 3)]
+    assert [end["JobState"] for end in ends] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert_same_state(undisturbed, project / "runs" / f"slurm-{array}_1")
+    assert outcome(project / "runs" / f"slurm-{array}_2")["images"] >= 2000
+    message = said(project, f"{array}_3")
+    assert message.count("dist_gan:") == 1
+    assert "array index 3 without a config: line 3 of sweep.txt is empty or missing (it has 2 lines)" in message
+
+
+@pytest.mark.timeout(240)
+def test_a_job_at_its_time_limit_saves_is_requeued_once_and_ends_with_the_weights_of_an_undisturbed_run(
+    cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # One minute is the shortest limit there is; Slurm looks every 30 s, and signals up to 30 s too early.
+    job = cluster.submit("--time=1", "--signal=B:USR2@15", SCRIPT, *recipe, f"run.dir={run}", cwd=project)
+    with frozen(cluster, job, run):
+        wait_until(lambda: "the time limit is near (USR2)" in said(project, job), seconds=70, what="Slurm's signal")
+    start_again(cluster, job, restarts=1)
+    end = cluster.wait(job, seconds=90)
+    assert end["JobState"] == "COMPLETED", said(project, job)
+    assert end["Restarts"] == "1"
+    assert attempts(run) == [("start", 1), ("preempted", 1), ("resume", 2), ("end", 2)]
+    assert said(project, job).count("requeued, to go on from checkpoint-") == 1
+    assert "asked to stop by SIGUSR2" in said(project, job)
+    assert_same_state(undisturbed, run)
+
+
+@pytest.mark.timeout(240)
+def test_a_preempted_job_saves_is_requeued_by_slurm_alone_and_ends_with_the_same_weights(
+    cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, *recipe, f"run.dir={run}", cwd=project)
+    with frozen(cluster, job, run):
+        urgent = cluster.submit(
+            "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 1", "--output=urgent.out", cwd=project
+        )
+        wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", seconds=30, what="a preemption")
+    assert cluster.wait(urgent, seconds=60)["JobState"] == "COMPLETED"
+    start_again(cluster, job, restarts=1)
+    end = cluster.wait(job, seconds=90)
+    assert end["JobState"] == "COMPLETED", said(project, job)
+    assert end["Restarts"] == "1", "not requeued a second time by the script"
+    assert attempts(run) == [("start", 1), ("preempted", 1), ("resume", 2), ("end", 2)]
+    assert "requeued, to go on from" not in said(project, job)
+    assert_same_state(undisturbed, run)
+
+
+@pytest.mark.timeout(180)
+def test_a_job_whose_worker_is_killed_names_it_is_requeued_and_ends_with_the_same_weights(
+    cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, *recipe, f"run.dir={run}", cwd=project)
+    with frozen(cluster, job, run) as pids:
+        os.kill(pids[1], signal.SIGKILL)
+    start_again(cluster, job, restarts=1)
+    end = cluster.wait(job, seconds=90)
+    assert end["JobState"] == "COMPLETED", said(project, job)
+    assert end["Restarts"] == "1"
+    assert "dist_gan: crashed: rank 1 " in said(project, job)
+    assert f"process {pids[1]} on n1" in said(project, job) or not cluster.separate
+    assert attempts(run) == [("start", 1), ("resume", 2), ("end", 2)]
+    assert_same_state(undisturbed, run)
+
+
+@pytest.mark.timeout(180)
+def test_a_job_that_crashes_again_and_again_is_requeued_no_more_than_it_may_be(
+    cluster: Cluster, project: Path, recipe: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, *recipe, f"run.dir={run}", cwd=project, DIST_GAN_MAX_CRASHES="0")
+    with frozen(cluster, job, run) as pids:
+        os.kill(pids[0], signal.SIGKILL)
+    end = cluster.wait(job, seconds=60)
+    assert end["JobState"] == "FAILED", said(project, job)
+    assert end["Restarts"] == "0"
+    assert "not requeued: this job has crashed 1 times (DIST_GAN_MAX_CRASHES)" in said(project, job)
+    assert "dist_gan: crashed: rank 0's launcher does not answer n1" in said(project, job) or not cluster.separate
+
+
+@pytest.mark.timeout(240)
+def test_a_job_that_loses_the_daemon_of_a_node_is_requeued_by_slurm_and_ends_with_the_same_weights(
+    cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(SCRIPT, *recipe, f"run.dir={run}", cwd=project)
+    with frozen(cluster, job, run):
+        cluster.kill_node("n1")
+        try:
+            wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", seconds=90, what="a node that is down")
+            assert cluster.states()[1].startswith("down"), cluster.states()
+        finally:
+            cluster.start_node("n1")
+    start_again(cluster, job, restarts=1)
+    end = cluster.wait(job, seconds=120)
+    assert end["JobState"] == "COMPLETED", said(project, job)
+    assert end["Restarts"] == "1", "not requeued a second time by the script"
+    assert attempts(run)[-2:] == [("resume", 2), ("end", 2)]
+    assert_same_state(undisturbed, run)
+
+
+@pytest.mark.timeout(180)
+def test_a_second_job_on_a_run_folder_is_refused_and_one_that_is_cancelled_saves_and_stays_away(
+    cluster: Cluster, project: Path, recipe: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    one = ["--nodes=1", SCRIPT, *recipe, f"run.dir={run}"]
+    first = cluster.submit(*one, cwd=project, DIST_GAN_PROCESSES="2")
+    with frozen(cluster, first, run):
+        second = cluster.submit(*one, cwd=project, DIST_GAN_PROCESSES="2")
+        assert cluster.wait(second, seconds=30)["ExitCode"] == "2:0"
+        message = said(project, second).splitlines()[-1]
+        assert message == (
+            f"dist_gan: run.dir: {run} is in use by job {first}; wait for it to end, or choose another run.dir"
+        )
+        assert cluster.job(first)["JobState"] == "RUNNING"
+        cluster.call("scancel", first)
+    end = cluster.wait(first, seconds=60)
+    assert end["JobState"] == "CANCELLED"
+    assert end["Restarts"] == "0"
+    assert attempts(run) == [("start", 1), ("preempted", 1)]

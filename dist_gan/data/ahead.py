@@ -144,13 +144,13 @@ class Ahead:
 
     def _run(self, draw: int) -> None:
         try:
-            while self._put(self._begun(draw)):
-                draw += 1
+            for number, places in self._plan.from_draw(draw):
+                if not self._put(self._begun(number, places)):
+                    return
         except BaseException as error:
             self._put(error)
 
-    def _begun(self, draw: int) -> _OnItsWay:
-        places = self._plan.of_draw(draw)
+    def _begun(self, draw: int, places: Sequence[Place]) -> _OnItsWay:
         if self._plan.looks_ahead_at(draw) or self._is_first:
             self.decoder.reader.want(dict.fromkeys(place.piece for place in places))
             self.decoder.reader.want(self._plan.ahead_of(draw))

@@ -68,6 +68,7 @@ class Decoder:
         self.reader = reader
         self._sources, self._rows, self._shape, self._kept = sources, rows, shape, kept
         self._substitute = substitute
+        self._shards = [source.manifest.shards for source in sources]
         self._urls = [[storage.join(source.url, s.name) for s in source.manifest.shards] for source in sources]
         self._lock = Lock()
         self._damaged: list[Damage] = []
@@ -79,20 +80,23 @@ class Decoder:
         Raises:
             TrainingFailed: the store does not give an image, or one is damaged and nothing may take its place.
         """
-        kept = self._kept
+        kept, instead = self._kept, self._in_place_of
         for place, pixels in zip(places, out, strict=True):
-            if self._in_place_of and place[:3] in self._in_place_of:
-                place = _alone(place, self._in_place_of[place[:3]])
-            if kept is not None and kept.take(place, pixels):
-                yield self._sample(place, pixels)
-                continue
-            try:
-                decoded = self._pixels(place, self.reader.get(place.piece), pixels)
-            except images.BadImage:
-                place, decoded = self._again_or_instead(place, pixels)
-            if kept is not None:
+            if instead and place[:3] in instead:
+                place = _alone(place, instead[place[:3]])
+            if kept is None:
+                place, decoded = self._decoded(place, pixels)
+            elif kept.take(place, pixels):
+                decoded = pixels
+            else:
+                place, decoded = self._decoded(place, pixels)
                 kept.put(place, decoded)
-            yield self._sample(place, decoded)
+            source, shard, row, _ = place
+            entry = self._shards[source][shard]
+            sample: Sample = {"__key__": entry.keys[row], "__url__": self._urls[source][shard], "pixels": decoded}
+            if entry.labels is not None:
+                sample["label"] = entry.labels[row]
+            yield sample
 
     def damaged(self) -> list[Damage]:
         """Images found damaged since the last call."""
@@ -100,14 +104,12 @@ class Decoder:
             found, self._damaged = self._damaged, []
         return found
 
-    def _sample(self, place: Place, pixels: Pixels) -> Sample:
-        entry = self._sources[place.source].manifest.shards[place.shard]
-        sample: Sample = {
-            "__key__": entry.keys[place.row], "__url__": self._urls[place.source][place.shard], "pixels": pixels
-        }  # fmt: skip
-        if entry.labels is not None:
-            sample["label"] = entry.labels[place.row]
-        return sample
+    def _decoded(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
+        """The image, or the one that takes its place."""
+        try:
+            return place, self._pixels(place, self.reader.get(place.piece), out)
+        except images.BadImage:
+            return self._again_or_instead(place, out)
 
     def _pixels(self, place: Place, fetched: Fetched, out: Pixels) -> Pixels:
         """The decoded image.
@@ -115,17 +117,18 @@ class Decoder:
         Raises:
             BadImage: it is damaged.
         """
-        _, _, row, _ = place
-        entry = self._sources[place.source].manifest.shards[place.shard]
-        size, offset = entry.sizes[row], entry.offsets[row] - fetched.start
-        data = memoryview(fetched.data)[offset : offset + size]
+        source, shard, row, _ = place
+        entry = self._shards[source][shard]
+        name, size, start = entry.keys[row], entry.sizes[row], entry.offsets[row] - fetched.start
+        data = fetched.data[start : start + size]
         if len(data) != size:
-            raise images.BadImage(entry.keys[row], f"{len(data):,} of its {size:,} bytes are there")
+            raise images.BadImage(name, f"{len(data):,} of its {size:,} bytes are there")
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32[row]:
-            raise images.BadImage(entry.keys[row], "its bytes do not have the CRC-32 of the manifest")
-        pixels = images.decode(data, name=entry.keys[row], out=out, reduce_to=self._shape[0])
+            raise images.BadImage(name, "its bytes do not have the CRC-32 of the manifest")
+        side, _, channels = self._shape
+        pixels = images.decode(data, name=name, out=out, reduce_to=side)
         if pixels is not out and pixels.shape != self._shape:
-            pixels = images.fit(pixels, resolution=self._shape[0], channels=self._shape[2], name=entry.keys[row])
+            pixels = images.fit(pixels, resolution=side, channels=channels, name=name)
         return pixels
 
     def _again_or_instead(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
@@ -159,7 +162,7 @@ class Decoder:
 
     def _neighbours(self, place: Place) -> Iterator[int]:
         """Rows that may take an image's place: those behind it, then from the shard's beginning; of its label first."""
-        labels = self._sources[place.source].manifest.shards[place.shard].labels
+        labels = self._shards[place.source][place.shard].labels
         rows = self._rows[place.source][place.shard]
         behind = int(np.searchsorted(rows, place.row, side="right"))
         others = [row for row in np.roll(rows, -behind).tolist() if row != place.row]

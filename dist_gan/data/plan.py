@@ -15,6 +15,10 @@ from dist_gan.data.pieces import READERS, Piece, Source
 from dist_gan.types import UserError
 
 
+_AT_ONCE = 512
+"""Positions that are looked up together: of a few, numpy's calls take longer than their work."""
+
+
 class Place(NamedTuple):
     """One image: which source, shard and row; and the piece that is read with it."""
 
@@ -100,6 +104,15 @@ class Plan:
     def of_draw(self, draw: int) -> list[Place]:
         """This rank's images of a global batch."""
         return self.places(draw * self._batch + self._slots)
+
+    def from_draw(self, draw: int) -> Iterator[tuple[int, list[Place]]]:
+        """This rank's images of a global batch and of all after it, with their numbers; endless."""
+        size, count = len(self._slots), 1  # the first batch is wanted soon
+        while True:
+            draws = np.arange(draw, draw + count)
+            places = self.places((draws[:, None] * self._batch + self._slots).reshape(-1))
+            yield from ((int(number), places[at * size : (at + 1) * size]) for at, number in enumerate(draws))
+            draw, count = draw + count, max(1, _AT_ONCE // size)
 
     def looks_ahead_at(self, draw: int) -> bool:
         """Whether `ahead_of` is to be asked at a draw: a lane stays with a block for long, so not at each."""

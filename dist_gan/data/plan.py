@@ -14,7 +14,6 @@ from dist_gan.data.order import Integers, Mixture, Order, held_out
 from dist_gan.data.pieces import READERS, Piece, Source
 from dist_gan.types import UserError
 
-
 _AT_ONCE = 512
 """Positions that are looked up together: of a few, numpy's calls take longer than their work."""
 

@@ -2,12 +2,12 @@
 
     python benchmarks/stream.py [--json] [--rounds 5] [--seconds 3] [--cifar ZIP] [--mosaic-python PYTHON] [--large GIB]
 
-All have the same two cores and hand over uint8 batches of 64, shuffled. Every reader is a process of its own that waits
-while another one reads; rounds alternate, and ratios are taken round by round. 32x32: CIFAR-10 as JPEG files; 256x256: the
-same pictures enlarged, with noise, 27 KB each. With latency: an HTTP server on one core that waits 20 ms before each
-answer, the reader on the other, beside the same reader on local files. mosaicml-streaming is read by the interpreter that
-`--mosaic-python` names, where it is installed, and left out otherwise. `--large` writes so many GiB of shards and measures the
-memory of reading them, and how long the first batch takes at image 0 and at image 10^9.
+All have the same two cores (at 32x32 also one and the same), and hand over uint8 batches of 64, shuffled. Every reader is a
+process of its own that waits while another one reads; rounds alternate, and ratios are taken round by round. 32x32: CIFAR-10
+as JPEG files; 256x256: the same pictures enlarged, with noise, 27 KB each. With latency: an HTTP server on one core that
+waits 20 ms before each answer, the reader on the other, beside the same reader on local files. mosaicml-streaming is read by
+the interpreter that `--mosaic-python` names, where it is installed, and left out otherwise. `--large` writes so many GiB of
+shards and measures the memory of reading them, and how long the first batch takes at image 0 and at image 10^9.
 """
 
 from __future__ import annotations
@@ -282,16 +282,20 @@ def main() -> None:
                 open_source(str(work / f"{side}.zip")), str(work / str(side)), samples_per_shard=a_shard, progress=False,
                 say=lambda text: None,
             )  # fmt: skip
-            names = ["ours", "decoder", "webdataset", "webdataset-simplejpeg"]
-            readers = {n: Reader(n, str(work / str(side)), side) for n in names}
-            if options.mosaic_python:
-                readers["mosaicml"] = Reader("mosaicml", str(work / str(side)), side, python=options.mosaic_python)
-            rates = compared(readers, rounds=options.rounds, seconds=options.seconds)
-            add(str(side), rates)
-            peers = [n for n in rates if n not in ("ours", "decoder")]
-            summary[f"fraction_of_decoder_{side}"] = ratio(rates, "ours", ["decoder"])
-            summary[f"times_webdataset_{side}"] = ratio(rates, "ours", ["webdataset"])
-            summary[f"times_best_peer_{side}"] = ratio(rates, "ours", peers)
+            for cores in (2, 1) if side == 32 else (2,):
+                where: dict[str, Any] = {"threads": cores, "core": 0 if cores == 1 else None}
+                names = ["ours", "decoder", "webdataset", "webdataset-simplejpeg"]
+                readers = {n: Reader(n, str(work / str(side)), side, **where) for n in names}
+                if options.mosaic_python:
+                    folder = str(work / str(side))
+                    readers["mosaicml"] = Reader("mosaicml", folder, side, python=options.mosaic_python, **where)
+                rates = compared(readers, rounds=options.rounds, seconds=options.seconds)
+                title = f"{side}" if cores == 2 else f"{side}_one_core"
+                add(title, rates)
+                peers = [n for n in rates if n not in ("ours", "decoder")]
+                summary[f"fraction_of_decoder_{title}"] = ratio(rates, "ours", ["decoder"])
+                summary[f"times_webdataset_{title}"] = ratio(rates, "ours", ["webdataset"])
+                summary[f"times_best_peer_{title}"] = ratio(rates, "ours", peers)
         serving = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

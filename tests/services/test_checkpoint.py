@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,23 @@ def test_a_full_disk_fails_the_save_at_the_next_boundary_and_leaves_nothing_that
     found.drain()
     assert str(found.newest().url).endswith("000000000030")
     assert [i for _, n in form.listed(str(tmp_path)) if (i := int(n[-12:])) == 20] == [], "retention cleared it away"
+
+
+def test_a_disk_that_becomes_read_only_fails_the_save_and_keeps_what_is_there(
+    tiny_disk: Path, runtime: Runtime
+) -> None:
+    found = saved(tiny_disk / "run", runtime, 10, 20, keep=2)
+    before = {path: path.read_bytes() for path in (tiny_disk / "run").rglob("*") if path.is_file()}
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    found.save(30, {"part": Part(3)})
+    with pytest.raises(TrainingFailed, match=r"no write permission; choose a folder you may write to"):
+        found.drain()
+    assert {path: path.read_bytes() for path in (tiny_disk / "run").rglob("*") if path.is_file()} == before
+    assert str(found.newest().url).endswith("000000000020")
+    subprocess.run(["mount", "-o", "remount,rw", str(tiny_disk)], check=True)
+    found.save(40, {"part": Part(4)})
+    found.drain()
+    assert [int(n[-12:]) for _, n in form.listed(str(tiny_disk / "run"))] == [20, 40]
 
 
 def test_deletes_that_fail_are_no_failure_and_tried_again(

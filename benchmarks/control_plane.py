@@ -87,6 +87,9 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     torch.set_num_threads(1)
+    # torch looks up the name of every address that connects: a resolver that drops some of so many questions from one machine
+    # would be waited for here for ten seconds, which no cluster of machines does to itself.
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the ranks are ended on the way out
     with tempfile.TemporaryDirectory() as folder:
         pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16, 16, 3), dtype=np.uint8)

@@ -202,7 +202,7 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
             except Exception as error:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
-        _raise_first(runtime.gather_json(problem, writer=True))
+        _raise_first([runtime.share_json(problem, writer=True)])
 
     def _commit(self, job: _Job, files: list[Any]) -> None:
         manifest = {

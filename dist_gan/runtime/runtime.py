@@ -227,9 +227,14 @@ class Runtime:
         """Waits for all ranks."""
         self.any_rank(False)
 
-    def share_json(self, value: Any) -> Any:
-        """Rank 0's JSON value on every rank. Nothing is pickled."""
-        return self.gather_json(value if self.is_main else None)[0]
+    def share_json(self, value: Any, *, writer: bool = False) -> Any:
+        """Rank 0's JSON value on every rank; `writer` as in `gather_json`. Nothing is pickled."""
+        if self.world_size == 1:
+            return value
+        if not writer:
+            self.mark("word from rank 0")
+        data = json.dumps(value).encode() if self.is_main else b""
+        return json.loads(self._from_rank_zero(data, self._writer if writer else self._control))
 
     def gather_json(self, value: Any, *, writer: bool = False) -> list[Any]:
         """The JSON values of all ranks, in rank order, on every rank. Nothing is pickled.
@@ -243,15 +248,23 @@ class Runtime:
         if not writer:
             self.mark("an agreement of all ranks")
         group = self._writer if writer else self._control
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
-        sizes = [int(n.item()) for n in lengths]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(data)] = data
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=group)
-        return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, sizes, strict=True)]
+        data = json.dumps(value).encode()
+        longest = torch.tensor(len(data))
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+        # JSON may end in spaces. To rank 0 and from there down a tree: all to all would be as many rounds as ranks.
+        mine = _as_bytes(data.ljust(int(longest)))
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(mine, parts, dst=0, group=group)
+        joined = b"[" + b",".join(bytes(part.numpy()) for part in parts) + b"]" if parts is not None else b""
+        return list(json.loads(self._from_rank_zero(joined, group)))
+
+    def _from_rank_zero(self, data: bytes, group: dist.ProcessGroup | None) -> bytes:
+        """What rank 0 has, on every rank."""
+        length = torch.tensor(len(data))
+        dist.broadcast(length, src=0, group=group)
+        held = _as_bytes(data) if self.is_main else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(held, src=0, group=group)
+        return bytes(held.numpy())
 
     def agree(self, problem: str | None) -> None:
         """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
@@ -333,6 +346,10 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _as_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
 def _join(*, on_cpu: bool, timeout: timedelta) -> None:
     """Makes the training group, as accelerate would, but apart from what an earlier attempt has left in the store.
 
@@ -343,6 +360,9 @@ def _join(*, on_cpu: bool, timeout: timedelta) -> None:
     store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     apart = PrefixStore(f"dist_gan/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
+    # gloo's processes then connect to those they talk to. By default each connects to all others in each of three groups,
+    # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -32,10 +32,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_gan import storage
 from dist_gan.data import fetching
 from dist_gan.data.pack import pack
 from dist_gan.data.sources import open_source
+from dist_gan.store_folder import StoreFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES_PER_SHARD = 1000
@@ -96,7 +96,7 @@ def start_store(latency_s: float) -> subprocess.Popen[str]:
 
 def upload(source: Path, url: str) -> None:
     """Some of the images into the bucket."""
-    folder = storage.StoreFolder(url)
+    folder = StoreFolder(url)
     files = sorted(path for path in source.rglob("*.jpg"))
     asked = fetching.ahead(
         lambda path: folder.upload(path, str(path.relative_to(source))), files, size=lambda _: 0, at_once=16

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -116,7 +116,8 @@ def local_path(url: str) -> Path | None:
     return Path(url[match.end() :] if match else url).expanduser()
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of an allowed URL, and the path there."""
     check_url(url, place="url")
     local = local_path(url)
     if local is not None:
@@ -156,7 +157,7 @@ class Patience:
         come back at once.
         """
         longest = min(10.0, 0.5 * 2**number)
-        if not _is_transient(error):
+        if not is_transient(error):
             raise error
         if time.monotonic() + longest > since + self.seconds:
             raise ConnectionError(f"the store has not answered for {self.seconds:.0f} s ({_kind(error)})") from error
@@ -165,7 +166,7 @@ class Patience:
             raise error
 
 
-def _patiently(url: str, operation: Callable[[], Result], patience: Patience | None = None) -> Result:
+def patiently(url: str, operation: Callable[[], Result], patience: Patience | None = None) -> Result:
     """Does something to a store, again and again while it is merely not answering. A disk of this machine is asked once."""
     if local_path(url) is not None:
         return operation()
@@ -183,14 +184,14 @@ def _kind(error: BaseException) -> str:
     return type(error.__cause__ or error).__name__
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: no answer, a broken connection, an overloaded server."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
         return False
     if "Credential" in type(error).__name__:  # as botocore and google.auth say that there are none
         return False
     if isinstance(error, OSError) and error.__cause__ is not None and hasattr(error.__cause__, "response"):
-        return _is_transient(error.__cause__)  # s3fs makes an EIO of whatever it does not know
+        return is_transient(error.__cause__)  # s3fs makes an EIO of whatever it does not know
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
@@ -207,27 +208,27 @@ def _is_transient(error: BaseException) -> bool:
     if origin in ("aiohttp", "botocore", "aiobotocore", "requests", "urllib3"):
         return True
     cause = error.__cause__ or error.__context__
-    return cause is not None and cause is not error and _is_transient(cause)
+    return cause is not None and cause is not error and is_transient(cause)
 
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = _filesystem(url)
-    return bool(_patiently(url, lambda: filesystem.exists(path)))
+    filesystem, path = connect(url)
+    return bool(patiently(url, lambda: filesystem.exists(path)))
 
 
 def size(url: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    filesystem, path = _filesystem(url)
-    return int(_patiently(url, lambda: filesystem.size(path)))
+    filesystem, path = connect(url)
+    return int(patiently(url, lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
     """Names of files and folders in a folder, sorted; an absent folder is empty."""
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
-        entries = _patiently(url, lambda: filesystem.ls(path, detail=False))
+        entries = patiently(url, lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name for name in (posixpath.basename(str(e).rstrip("/")) for e in entries) if name)
@@ -235,7 +236,7 @@ def list_names(url: str) -> list[str]:
 
 def open_read(url: str) -> BinaryIO:
     """A file open for reading, with seek and tell. Raises FileNotFoundError."""
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     return cast(BinaryIO, filesystem.open(path, "rb"))
 
 
@@ -243,10 +244,10 @@ def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
     """Bytes of each named file in a folder, None for one that is not there; by one listing where there are listings."""
     if scheme_of(url) in ("http", "https"):
         return {name: _size_or_none(join(url, name)) for name in names}
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
-        entries = _patiently(url, lambda: filesystem.ls(path, detail=True))
+        entries = patiently(url, lambda: filesystem.ls(path, detail=True))
     except FileNotFoundError:
         entries = []
     found = {
@@ -264,8 +265,8 @@ def _size_or_none(url: str) -> int | None:
 
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes [start, end) of a file, all of it by default."""
-    filesystem, path = _filesystem(url)
-    return bytes(_patiently(url, lambda: filesystem.cat_file(path, start=start, end=end)))
+    filesystem, path = connect(url)
+    return bytes(patiently(url, lambda: filesystem.cat_file(path, start=start, end=end)))
 
 
 def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
@@ -282,7 +283,7 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
         with open(local, "rb") as file:
             file.seek(start)
             return file.read(end - start)
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     parts: list[bytes] = []
     at, began, number = start, time.monotonic(), 0
     while at < end:
@@ -321,7 +322,7 @@ def make_folder(url: str) -> None:
     """Makes a folder and its parents; object stores have none and do nothing."""
     check_url(url, place="url")
     if scheme_of(url) in ("file", "memory"):
-        filesystem, path = _filesystem(url)
+        filesystem, path = connect(url)
         filesystem.makedirs(path, exist_ok=True)
 
 
@@ -339,15 +340,15 @@ def publish(url: str, data: bytes | memoryview) -> None:
         if local is not None:
             _publish_local(local, data)
             return
-        filesystem, path = _filesystem(url)
-        _patiently(url, lambda: filesystem.pipe_file(path, bytes(data)))
+        filesystem, path = connect(url)
+        patiently(url, lambda: filesystem.pipe_file(path, bytes(data)))
         filesystem.invalidate_cache()
-        written = int(_patiently(url, lambda: filesystem.size(path)))
+        written = int(patiently(url, lambda: filesystem.size(path)))
         if written != len(data):
             filesystem.rm_file(path)
             raise OSError(errno.EIO, f"{written} of {len(data)} bytes arrived")
     except OSError as error:
-        raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {_reason(error)}") from error
+        raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {why(error)}") from error
 
 
 def _publish_local(path: Path, data: bytes | memoryview) -> None:
@@ -387,7 +388,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: OSError) -> str:
+def why(error: OSError) -> str:
+    """A failed file operation in the words of a person, with a remedy where there is one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or choose another folder, then start the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -395,14 +397,9 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror or error}"
 
 
-def why(error: OSError) -> str:
-    """A failed file operation in the words of a person, with a remedy where there is one."""
-    return _reason(error)
-
-
 def remove(url: str) -> None:
     """Removes a file; one that is not there is no error."""
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     try:
         filesystem.rm_file(path)
     except FileNotFoundError:
@@ -411,7 +408,7 @@ def remove(url: str) -> None:
 
 def remove_folder(url: str) -> None:
     """Removes a folder with all that is in it; one that is not there is no error."""
-    filesystem, path = _filesystem(url)
+    filesystem, path = connect(url)
     try:
         if local_path(url) is not None:
             shutil.rmtree(path)
@@ -419,169 +416,3 @@ def remove_folder(url: str) -> None:
             filesystem.rm(glob.escape(path), recursive=True)  # fsspec would read the name as a pattern
     except FileNotFoundError:
         return
-
-
-# A folder in an object store, for whoever reads or writes many files of it.
-
-PART_BYTES = 2**24
-_UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": 2}}
-"""s3fs would hold up to ten parts of 50 MiB of a file that it uploads."""
-_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid")
-"""Under what names listings tell what changes with a file's content."""
-_TRIES = 3
-
-
-class FoundFile(NamedTuple):
-    """A file of a listing."""
-
-    name: str
-    """Inside the folder, with `/`."""
-    size: int
-    """Bytes."""
-    version: str
-    """Changes with the content, where the store knows such a thing; else empty."""
-
-
-class StoreFolder:
-    """A folder in a store that is not this machine's disk, for any number of threads: they share one client.
-
-    Every request is made with patience. What then still fails is one sentence: TrainingFailed where the store does not
-    answer, UserError where it refuses access.
-
-    Args:
-        url: of the folder; it need not be there.
-    """
-
-    def __init__(self, url: str) -> None:
-        assert local_path(url) is None
-        self.url = url
-        self._filesystem, path = _filesystem(url)
-        self._path = path.rstrip("/")
-
-    def files(self) -> list[FoundFile]:
-        """All files at any depth, sorted, by one listing where the store can; an absent folder is empty.
-
-        The objects without bytes that stand for folders are no files.
-        """
-        found = self._listed(lambda: self._filesystem.find(self._path, detail=True).values())
-        files = (FoundFile(self._inside(info), int(info["size"] or 0), _version(info)) for info in found)
-        return sorted(file for file in files if file.name and not file.name.endswith("/"))
-
-    def names(self) -> dict[str, int | None]:
-        """What lies directly in the folder: bytes of files, None for folders; an absent folder is empty."""
-        found = self._listed(lambda: self._filesystem.ls(self._path, detail=True))
-        names = {
-            self._inside(info).rstrip("/"): None if info["type"] == "directory" else int(info["size"] or 0)
-            for info in found
-        }
-        return {name: size for name, size in names.items() if name}
-
-    def read(self, name: str, *, size: int, limit: int | None = None) -> bytes:
-        """All bytes of a file whose size a listing gave, or the first `limit`, by one request.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            TrainingFailed: the store does not answer, or the file has another size by now.
-            UserError: access is refused.
-        """
-        wanted = size if limit is None else min(size, limit)
-        if not wanted:
-            return b""
-        path = f"{self._path}/{name}"
-        # One byte more than there should be shows that the file has grown.
-        end = wanted + 1 if wanted == size else wanted
-        for _ in range(_TRIES):
-            data = self._asked("read", name, lambda: bytes(self._filesystem.cat_file(path, start=0, end=end)))
-            if len(data) == wanted:
-                return data
-        raise TrainingFailed(
-            f"cannot read {join(self.url, name)}: {size:,} bytes were listed, and it has "
-            f"{'more' if len(data) > wanted else f'{len(data):,}'} now; it was changed in the meantime"
-        )
-
-    def upload(self, file: Path, name: str) -> None:
-        """Copies a local file into the folder; it is seen there when it is whole, and its size is read back.
-
-        Raises:
-            TrainingFailed: the store does not answer or does not take it.
-            UserError: access is refused.
-        """
-        path, expected = f"{self._path}/{name}", os.path.getsize(file)
-        options = _UPLOAD_OPTIONS.get(scheme_of(self.url), {})
-        self._asked("write", name, lambda: self._filesystem.put_file(str(file), path, **options))
-        self._filesystem.invalidate_cache()
-        written = self._asked("write", name, lambda: int(self._filesystem.size(path)))
-        if written != expected:
-            self.remove(name)
-            raise TrainingFailed(f"cannot write {join(self.url, name)}: {written} of {expected} bytes arrived")
-
-    def remove(self, name: str) -> None:
-        """Removes a file; one that is not there is no error."""
-
-        def gone() -> None:
-            try:
-                self._filesystem.rm_file(f"{self._path}/{name}")
-            except FileNotFoundError:
-                return
-
-        self._asked("remove", name, gone)
-
-    def _inside(self, info: dict[str, Any]) -> str:
-        name, above = str(info["name"]).lstrip("/"), self._path.lstrip("/")
-        assert name.startswith(above), f"{name} is listed in {above}"
-        return name[len(above) :].removeprefix("/")
-
-    def _listed(self, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-        def listed() -> list[dict[str, Any]]:
-            self._filesystem.invalidate_cache()
-            try:
-                return list(operation())
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-            finally:
-                # fsspec keeps what it has listed, which for a million files is a gigabyte.
-                self._filesystem.invalidate_cache()
-
-        return self._asked("list", "", listed)
-
-    def _asked(self, doing: str, name: str, operation: Callable[[], Result]) -> Result:
-        def asked() -> Result:
-            try:
-                return operation()
-            except Exception as error:
-                if "Credential" in type(error).__name__:  # as botocore and google.auth say it; waiting does not help
-                    raise PermissionError(type(error).__name__) from error
-                raise
-
-        try:
-            return _patiently(self.url, asked)
-        except Exception as error:
-            shown = join(self.url, name) if name else self.url  # which may hold no secret; a name may hold a ? or a #
-            if isinstance(error, PermissionError):
-                raise UserError(
-                    f"cannot {doing} {shown}: the store refuses access; check the credentials in the environment, and "
-                    f"what they may do"
-                ) from error
-            if _is_transient(error):
-                raise TrainingFailed(
-                    f"cannot {doing} {shown}: the store has not answered for {PATIENCE_S:.0f} s "
-                    f"({type(error).__name__}); start the same command again when it does"
-                ) from error
-            if isinstance(error, FileNotFoundError) and doing == "read":
-                raise
-            if isinstance(error, OSError):
-                raise TrainingFailed(f"cannot {doing} {shown}: {_reason(error)}") from error
-            raise
-
-
-def is_inside(url: str, folder: str) -> bool:
-    """Whether a URL of a store is that of a folder there or lies below it."""
-    if local_path(url) is not None or local_path(folder) is not None:
-        return False
-    (filesystem, path), (other, above) = _filesystem(url), _filesystem(folder)
-    path, above = path.strip("/"), above.strip("/")
-    return type(filesystem) is type(other) and (path == above or path.startswith(f"{above}/") or not above)
-
-
-def _version(info: dict[str, Any]) -> str:
-    return next((str(info[name]) for name in _VERSIONS if info.get(name)), "")

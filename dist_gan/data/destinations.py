@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from dist_gan import storage
 from dist_gan.data import fetching
 from dist_gan.data.sources import Source
+from dist_gan.store_folder import StoreFolder, is_inside
 from dist_gan.types import TrainingFailed, UserError
 
 OWNER = ".pack-owner"
@@ -75,7 +76,7 @@ def open_destination(dest: str, source: Source) -> Destination:
         raise UserError(f"destination {dest}: an HTTP server takes no files; give a local folder or a bucket")
     folder = storage.local_path(dest)
     if folder is None:
-        inside = storage.is_inside(dest, source.place)
+        inside = is_inside(dest, source.place)
     else:
         above = Path(source.place)
         inside = above.is_dir() and folder.resolve().is_relative_to(above.resolve())
@@ -182,7 +183,7 @@ class StoreDestination:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._store: storage.StoreFolder | None = None
+        self._store: StoreFolder | None = None
         self._token = uuid.uuid4().hex.encode("ascii")
 
     def names(self) -> dict[str, int | None]:
@@ -250,9 +251,9 @@ class StoreDestination:
             for _, get in asked:
                 get()
 
-    def _connected(self) -> storage.StoreFolder:
+    def _connected(self) -> StoreFolder:
         if self._store is None:
-            self._store = storage.StoreFolder(self.url)
+            self._store = StoreFolder(self.url)
         return self._store
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from dist_gan import storage
 from dist_gan.data import fetching
 from dist_gan.data.listing import Entry, File, folders_of, list_images
+from dist_gan.store_folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class StoreSource:
             raise UserError(f"{url}: an HTTP server has no listing of its files; give a bucket or a local folder")
         self.place = url
         reader = StoreReader(url)
-        found = storage.StoreFolder(url).files()
+        found = StoreFolder(url).files()
         if not found:
             raise UserError(f"{url}: nothing is there; give a folder of images, and check its name and the bucket's")
         sizes = {file.name: file.size for file in found}
@@ -58,7 +59,7 @@ class StoreReader:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._folder: storage.StoreFolder | None = None
+        self._folder: StoreFolder | None = None
 
     def open(self, entry: Entry) -> BinaryIO:
         """The image file, all of it. Raises: UserError, TrainingFailed: never because of what is in the file."""
@@ -79,9 +80,9 @@ class StoreReader:
                 f"source, and start again"
             ) from error
 
-    def _connected(self) -> storage.StoreFolder:
+    def _connected(self) -> StoreFolder:
         if self._folder is None:
-            self._folder = storage.StoreFolder(self._url)
+            self._folder = StoreFolder(self._url)
         return self._folder
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,14 +22,20 @@ BIASED = ("minimax", "nonsaturating", "hinge", "least_squares")
 """In the other losses a constant added to every logit cancels, so the last bias of D has no gradient."""
 
 
+CASES = tuple(loss_cases("unread", world_size=1))
+OF_FOUR = CASES[::3]
+"""What four processes train, which share two cores here: every loss, every penalty, with and without accumulation."""
+
+
 @pytest.fixture(scope="module")
 def trained(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """What 1, 2 and 4 processes made of every case."""
+    """What 1 and 2 processes made of every case, and 4 of every third."""
     out = tmp_path_factory.mktemp("parity")
     folders = {}
     for processes in (1, 2, 4):
         folders[processes] = out / str(processes)
-        done = launch(WORKER, [str(small_shards), str(folders[processes]), "losses"], processes=processes, timeout_s=600)
+        arguments = [str(small_shards), str(folders[processes]), "losses", *(_only(OF_FOUR) if processes == 4 else [])]
+        done = launch(WORKER, arguments, processes=processes, timeout_s=600)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
@@ -43,14 +49,14 @@ def _largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     return max(float((a[k] - b[k]).abs().max()) for k in a if a[k].is_floating_point())
 
 
-@pytest.mark.parametrize("name", list(loss_cases("unread", world_size=1)))
+@pytest.mark.parametrize("name", CASES)
 def test_two_and_four_processes_give_the_weights_of_one(trained: dict[int, Path], name: str) -> None:
     alone = _load(trained[1], name, "end")
-    for processes in (2, 4):
+    for processes in (2, 4) if name in OF_FOUR else (2,):
         assert _largest_error(alone, _load(trained[processes], name, "end")) <= 1e-9, processes
 
 
-@pytest.mark.parametrize("name", list(loss_cases("unread", world_size=1)))
+@pytest.mark.parametrize("name", CASES)
 def test_every_weight_has_moved_or_is_known_to_have_no_gradient(trained: dict[int, Path], name: str) -> None:
     start, end = _load(trained[1], name, "start"), _load(trained[1], name, "end")
     still = {
@@ -67,7 +73,7 @@ def test_the_same_images_and_latents_are_used_whatever_the_number_of_processes(t
     reports = {p: json.loads((folder / "report.json").read_text()) for p, folder in trained.items()}
     for name, alone in reports[1].items():
         assert len(set(alone["keys"])) == 64
-        for processes in (2, 4):
+        for processes in (2, 4) if name in OF_FOUR else (2,):
             assert reports[processes][name]["keys"] == alone["keys"], (name, processes)
             assert reports[processes][name]["latents"] == alone["latents"], (name, processes)
             for term, value in alone["scalars"].items():

@@ -31,6 +31,7 @@ from dist_gan.data.pack import pack
 from dist_gan.data.sources import ArraySource, open_source
 from dist_gan.data.store_source import HEAD_BYTES
 from dist_gan.images import encode_png
+from dist_gan.store_folder import PART_BYTES
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment, free_port
 
@@ -494,6 +495,6 @@ def test_memory_stays_within_the_bound_whatever_the_size_of_the_shards_and_of_th
     decoded = 3 * 512 * 512
     # Beside what is counted: what the allocator and the client keep of requests that are done.
     kept = 40 * 2**20
-    bound = fetching.AHEAD_BYTES + 2 * storage.PART_BYTES + 8 * decoded + kept
+    bound = fetching.AHEAD_BYTES + 2 * PART_BYTES + 8 * decoded + kept
     assert len(sent) > 2 * bound, "too little data to prove anything"
     assert many - few < bound, f"{(many - few) / 2**20:.0f} MiB"

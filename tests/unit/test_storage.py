@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_gan import storage
+from dist_gan.store_folder import StoreFolder, is_inside
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment
 
@@ -368,32 +369,32 @@ def test_names_are_joined_with_one_slash(folder_url: str, names: tuple[str, ...]
 
 
 @pytest.fixture
-def store() -> Iterator[storage.StoreFolder]:
-    folder = storage.StoreFolder(f"memory://{uuid.uuid4().hex}/photos")
+def store() -> Iterator[StoreFolder]:
+    folder = StoreFolder(f"memory://{uuid.uuid4().hex}/photos")
     yield folder
     storage.remove_folder(folder.url)
 
 
-def put(folder: storage.StoreFolder, name: str, data: bytes) -> None:
+def put(folder: StoreFolder, name: str, data: bytes) -> None:
     filesystem = folder._filesystem
     filesystem.pipe_file(f"{folder._path}/{name}", data)
 
 
 def test_a_folder_in_a_store_lists_its_files_at_any_depth_and_what_lies_directly_in_it(
-    store: storage.StoreFolder,
+    store: StoreFolder,
 ) -> None:
     assert store.files() == []
     assert store.names() == {}
     for name, data in {"b/c/2": b"22", "a?b#c@d.jpg": b"1", "b/3": b""}.items():
         put(store, name, data)
-    put(storage.StoreFolder(f"{store.url}2"), "other", b"1")
+    put(StoreFolder(f"{store.url}2"), "other", b"1")
     assert [(file.name, file.size) for file in store.files()] == [("a?b#c@d.jpg", 1), ("b/3", 0), ("b/c/2", 2)]
     assert store.names() == {"a?b#c@d.jpg": 1, "b": None}
     assert store.read("a?b#c@d.jpg", size=1) == b"1"
     storage.remove_folder(f"{store.url}2")
 
 
-def test_a_file_is_read_as_it_was_listed_or_not_at_all(store: storage.StoreFolder) -> None:
+def test_a_file_is_read_as_it_was_listed_or_not_at_all(store: StoreFolder) -> None:
     put(store, "x", bytes(range(100)))
     assert store.read("x", size=100) == bytes(range(100))
     assert store.read("x", size=100, limit=10) == bytes(range(10))
@@ -410,7 +411,7 @@ def test_a_file_is_read_as_it_was_listed_or_not_at_all(store: storage.StoreFolde
 
 
 def test_an_upload_is_whole_or_an_error_and_gone(
-    store: storage.StoreFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: StoreFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"x" * 1000)
     store.upload(tmp_path / "file", "a.tar")
@@ -437,7 +438,7 @@ def test_a_folder_inside_another_is_seen_and_a_neighbour_with_a_longer_name_is_n
         ("s3://b/x/y", "s3://b/x/"),
         ("s3://b/x", "s3://b"),
     ):
-        assert storage.is_inside(url, folder)
+        assert is_inside(url, folder)
     for url, folder in (
         ("s3://b/xy", "s3://b/x"),
         ("s3://c/x", "s3://b"),
@@ -445,4 +446,4 @@ def test_a_folder_inside_another_is_seen_and_a_neighbour_with_a_longer_name_is_n
         ("memory://b/x", "s3://b"),
         ("/b/x", "/b"),
     ):
-        assert not storage.is_inside(url, folder)
+        assert not is_inside(url, folder)

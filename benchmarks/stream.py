@@ -2,21 +2,24 @@
 
     python benchmarks/stream.py [--json] [--rounds 5] [--seconds 3] [--cifar ZIP] [--mosaic-python PYTHON] [--large GIB]
 
-All have the same two cores (at 32x32 also one and the same), and hand over uint8 batches of 64, shuffled. Every reader is a
-process of its own that waits while another one reads; rounds alternate, and ratios are taken round by round. 32x32: CIFAR-10
-as JPEG files; 256x256: the same pictures enlarged, with noise, 27 KB each. With latency: an HTTP server on one core that
-waits 20 ms before each answer, the reader on the other, beside the same reader on local files. mosaicml-streaming is read by
-the interpreter that `--mosaic-python` names, where it is installed, and left out otherwise. `--large` writes so many GiB of
-shards and measures the memory of reading them, and how long the first batch takes at image 0 and at image 10^9.
+All have the same two cores (then one and the same), and hand over uint8 batches of 64, shuffled. Every reader is a
+process of its own that stands still while another one reads; rounds alternate, and ratios are taken round by round. 32x32:
+CIFAR-10 as JPEG files; 256x256: the same pictures enlarged, with noise, 27 KB each. With latency: an HTTP server on one core
+that waits 20 ms before each answer, the reader on the other, beside the same reader on local files. mosaicml-streaming is
+read by the interpreter that `--mosaic-python` names, where it is installed, and left out otherwise. `--large` writes so many
+GiB of shards and measures the memory of reading them, and how long the first batch takes at image 0 and at image 10^9.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import io
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,7 +63,10 @@ def write_zips(cifar: Path, folder: Path, *, images_32: int, images_256: int) ->
 
 
 class Reader:
-    """A reader in a process of its own; it reads only while it is asked to."""
+    """A reader in a process of its own; it and the processes that it has started stand still unless they are asked.
+
+    Without that, workers of one that fill their queues after its turn would do so in the turn of the next one.
+    """
 
     def __init__(
         self,
@@ -81,25 +87,35 @@ class Reader:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             preexec_fn=(lambda: os.sched_setaffinity(0, {core})) if core is not None else None,
+            start_new_session=True,
         )
         assert self.process.stdout is not None
+        atexit.register(self._kill)
         ready = self.process.stdout.readline()
         if ready != "ready\n":
             raise SystemExit(f"{name} cannot read {folder}: it said {ready!r}")
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def rate(self, seconds: float) -> float:
         """Images a second."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         print(seconds, file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
+        os.killpg(self.process.pid, signal.SIGSTOP)
         return float(answer["images"] / answer["seconds"])
 
     def close(self) -> None:
         """Ends it, with the processes that it has started."""
         assert self.process.stdin is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait(timeout=60)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def compared(readers: dict[str, Reader], *, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -282,7 +298,7 @@ def main() -> None:
                 open_source(str(work / f"{side}.zip")), str(work / str(side)), samples_per_shard=a_shard, progress=False,
                 say=lambda text: None,
             )  # fmt: skip
-            for cores in (2, 1) if side == 32 else (2,):
+            for cores in (2, 1):
                 where: dict[str, Any] = {"threads": cores, "core": 0 if cores == 1 else None}
                 names = ["ours", "decoder", "webdataset", "webdataset-simplejpeg"]
                 readers = {n: Reader(n, str(work / str(side)), side, **where) for n in names}

@@ -133,6 +133,7 @@ class Ahead:
     def close(self) -> None:
         """Ends the threads; what they were at is given up."""
         self._stop.set()
+        self.decoder.reader.give_up()  # or a store that is away would be waited for
         while True:
             try:
                 self._queue.get_nowait()

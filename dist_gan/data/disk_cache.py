@@ -16,7 +16,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +85,9 @@ class DiskCache:
             temporary.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
-        """Forgets what turned out to be damaged."""
-        with self._counted() as count:
-            path = self._path(name)
+        """Forgets what turned out to be damaged; what cannot be removed is found damaged again."""
+        path = self._path(name)
+        with suppress(OSError), self._counted() as count:
             if path.exists():
                 count.total -= path.stat().st_size
                 path.unlink()

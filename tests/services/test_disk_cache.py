@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -107,3 +108,13 @@ def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.disk_cache: .*/file/inside' cannot be used"):
         DiskCache(str(tmp_path / "file" / "inside"), limit=1000)
+
+
+def test_a_folder_that_somebody_removes_costs_speed_and_nothing_else(tmp_path: Path) -> None:
+    cache = DiskCache(str(tmp_path / "cache"), limit=1000)
+    cache.put("a", b"12345")
+    shutil.rmtree(tmp_path / "cache")
+    cache.put("b", b"12345")
+    cache.drop("a")
+    assert cache.get("a", size=5) is None
+    assert cache.get("b", size=5) is None

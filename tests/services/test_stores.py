@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.stream import SlowServer
 from dist_gan import storage
+from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import check_shards, read_manifest
 from dist_gan.types import TrainingFailed
 from tests.conftest import ROOT, environment, launch_command
@@ -222,6 +223,41 @@ def test_a_cached_piece_that_was_damaged_is_read_from_the_store_again(store: Fau
     store.reads.clear()
     assert keys_of(stream(URL, **cache), 35) == wanted
     assert store.reads == [], "and kept, sound"
+
+
+def test_a_damaged_piece_that_cannot_be_removed_from_the_cache_replaces_no_image(
+    store: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = {"cache": 0, "disk_cache": str(tmp_path / "cache")}
+    wanted = keys_of(stream(URL, **cache), 35)
+    for file in (p for p in (tmp_path / "cache").rglob("*") if p.is_file() and not p.name.startswith(".")):
+        file.write_bytes(bytes(file.stat().st_size))
+    monkeypatch.setattr(DiskCache, "drop", lambda self, name: None)
+    again = stream(URL, **cache)
+    assert keys_of(again, 35) == wanted
+    assert again.damaged() == []
+
+
+def test_whoever_stops_does_not_wait_for_a_store_that_is_away(
+    small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_with(small_shards) as (store, variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        source = stream(URL, cache=0, patience_s=100, block=4)
+        source.next()
+        store.stop()
+        deadline = time.monotonic() + 30
+        while source.retries < 2:
+            assert time.monotonic() < deadline, "the threads that run ahead should have noticed"
+            time.sleep(0.1)
+            if source._ahead is not None and source._ahead.has_next():
+                source.next()
+        began = time.monotonic()
+        source.close()
+        assert time.monotonic() - began < 10
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 # -- over HTTP --------------------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def ours(folder: str, side: int, batch: int, threads: int) -> Iterator[int]:
     )
     ahead = stream._start()
     while True:
-        yield len(ahead.take().images_BHWC)
+        images = ahead.take().images_BHWC
+        yield len(images)
+        ahead.give_back(images)
 
 
 def decoder(folder: str, side: int, batch: int, threads: int) -> Iterator[int]:

@@ -102,6 +102,7 @@ class Ahead:
         self._queue: Queue[_OnItsWay | BaseException] = Queue(maxsize=prefetch)
         self._stop = Event()
         self._is_first = True
+        self._unused: list[Tensor] = []
         self._thread = Thread(target=self._run, args=(draw,), name="image-stream", daemon=True)
         self._thread.start()
 
@@ -121,6 +122,10 @@ class Ahead:
             labels += some_labels
             keys += some_keys
         return Decoded(item.images_BHWC, tuple(labels), tuple(keys))
+
+    def give_back(self, images_BHWC: Tensor) -> None:
+        """Takes a batch's memory for a later one: memory that was never touched takes longer to fill."""
+        self._unused.append(images_BHWC)
 
     def has_next(self) -> bool:
         """Whether `take` would not wait."""
@@ -156,7 +161,8 @@ class Ahead:
             self.decoder.reader.want(dict.fromkeys(place.piece for place in places))
             self.decoder.reader.want(self._plan.ahead_of(draw))
             self._is_first = False
-        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned)
+        new = not self._unused
+        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned) if new else self._unused.pop()
         pixels = images.numpy()
         if len(places) <= self._part:
             done: Future[tuple[list[int], list[str]]] = Future()

@@ -352,6 +352,8 @@ class ImageStream:
                 if tensor is not None:
                     tensor.record_stream(now)
         images = self._as_input(item.images_BCHW)
+        if item.sent is None and self._ahead is not None:  # pinned memory goes around by itself
+            self._ahead.give_back(item.images_BCHW.permute(0, 2, 3, 1))
         if self._section.flip:
             mirror = self._draws.uniform("flip", draw=self.draw, slots=self._slots) < 0.5
             images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(3), images)

@@ -94,11 +94,11 @@ def test_prefetching_and_interruptions_change_nothing(small_shards: Path, prefet
         assert torch.equal(a.labels, b.labels)
 
 
-def test_images_and_labels_are_those_that_were_packed(tmp_path: Path) -> None:
+def test_images_and_labels_are_those_that_were_packed_however_long_they_are_kept(tmp_path: Path) -> None:
     pixels = random_images(60, resolution=16)
     pack(ArraySource(pixels, np.arange(60) % 5), str(tmp_path), workers=1)
-    source = stream(tmp_path, batch=30)
-    for batch in (source.next(), source.next()):
+    source = stream(tmp_path, batch=30, cache=0)
+    for batch in [source.next() for _ in range(40)]:
         for image, label, key in zip(batch.images, batch.labels, batch.keys, strict=True):
             row = int(key)
             assert int(label) == row % 5

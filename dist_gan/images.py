@@ -255,13 +255,16 @@ def _has_app1(data: bytes | memoryview) -> bool:
             at = file.find(b"\xe1", at + 1)
         return at > 0
     at = 2
-    while data[at : at + 1] == b"\xff":
-        kind = data[at + 1 : at + 2]
-        if kind == b"\xda":
-            return False
-        if kind == b"\xe1":
-            return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    try:
+        while data[at] == 0xFF:
+            kind = data[at + 1]
+            if kind == 0xDA:
+                return False
+            if kind == 0xE1:
+                return True
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    except IndexError:
+        pass  # cut off, for the decoder to say
     return True
 
 

@@ -95,7 +95,7 @@ class Plan:
         places = []
         for order, shard, nth, block in zip(*(column.tolist() for column in found), strict=True):
             source, rows = self._leaves[order]
-            row = int(rows[shard][nth])
+            row = rows[shard].item(nth)
             piece = self._block(order, block) if self.by_block else Piece(source, shard, row, row)
             places.append(Place(source, shard, row, piece))
         return places

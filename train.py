@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import load_config, run_dir_of, schema_help, to_yaml
 from dist_gan.types import UserError
+from dist_gan.wording import report, safe
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     files = [a for a in arguments if not a.startswith("-") and "=" not in a]
     overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
     if "--help" in flags or "-h" in flags:
-        print(f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}")
+        print(help_text())
         return 0
     path = files[0] if files else EMBEDDED
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,11 +48,17 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return refused(str(error), run_dir_of(path, overrides))
     if "--dry-run" in flags:
-        print(dry_run(config, world_size=world_size))
+        for line in dry_run(config, world_size=world_size).splitlines():
+            print(safe(line))
         return 0
     from dist_gan.launch import run
 
     return run(config)
+
+
+def help_text() -> str:
+    """How to call it, and every setting."""
+    return f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}"
 
 
 def refused(reason: str, run_dir: str | None) -> int:
@@ -59,7 +66,7 @@ def refused(reason: str, run_dir: str | None) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         from dist_gan.run_folder import refuse
 
-        print(f"dist_gan: {reason}", flush=True)
+        print(report(f"dist_gan: {reason}"), flush=True)
         if run_dir is not None:
             refuse(Path(run_dir), reason=reason)
     return 2

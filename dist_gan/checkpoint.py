@@ -24,6 +24,7 @@ from dist_gan.config import CheckpointSection
 from dist_gan.runtime import Comparison, Runtime
 from dist_gan.tensorfile import FileBuffer
 from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
+from dist_gan.wording import safe
 
 INTENT = "rollback.json"
 """Beside the checkpoints while a rollback is under way: what a restart has to finish."""
@@ -230,7 +231,7 @@ class Checkpointer:
         try:
             self._retire(newest)
         except Exception as error:  # a checkpoint too many is no reason to stop training
-            print(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})", flush=True)
+            print(safe(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})"), flush=True)
 
     def _retire(self, newest: str) -> None:
         """Deletes what nobody asked to keep, once the newest is known to be whole; a failure to delete is no failure."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_gan import storage
 from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import report, safe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,13 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except UserError as error:
-        print(f"dist-gan: {error}", file=sys.stderr)
+        _say(f"dist-gan: {error}")
         return 2
     except TrainingFailed as error:
-        print(f"dist-gan: {error}", file=sys.stderr)
+        _say(f"dist-gan: {error}")
         return 3
     except KeyboardInterrupt:
-        print("dist-gan: stopped; the same command goes on", file=sys.stderr)
+        _say("dist-gan: stopped; the same command goes on")
         return 130
 
 
@@ -125,8 +126,8 @@ def _verify(options: argparse.Namespace) -> int:
         problems = verify(options.url, decode=not options.no_decode)
         subject = storage.redact(options.url)
     for problem in problems:
-        print(problem)
-    print(f"{subject}: {f'{len(problems)} problems' if problems else 'everything is as it should be'}")
+        _show(problem)
+    _show(f"{subject}: {f'{len(problems)} problems' if problems else 'everything is as it should be'}")
     return 3 if problems else 0
 
 
@@ -142,7 +143,7 @@ def _sample(options: argparse.Namespace) -> int:
         label=options.label,
         steps=options.interpolate,
     ):
-        print(line)
+        _show(line)
     return 0
 
 
@@ -151,7 +152,7 @@ def _export(options: argparse.Namespace) -> int:
 
     storage.check_url(options.url, place="URL")
     export_generator(options.url, options.dest)
-    print(f"{options.dest}: dist_gan.load_generator({options.dest!r}) gives the generator")
+    _show(f"{options.dest}: dist_gan.load_generator({options.dest!r}) gives the generator")
     return 0
 
 
@@ -166,7 +167,7 @@ def _inspect(options: argparse.Namespace) -> int:
     elif "config.yaml" in names or "checkpoints" in names:
         _describe_run(url)
     elif "model.safetensors" in names and "config.json" in names:
-        print(storage.read(storage.join(url, "config.json")).decode().strip())
+        _show(*storage.read(storage.join(url, "config.json")).decode(errors="replace").strip().splitlines())
     elif "manifest.json" in names:
         _describe_shards(url, read_manifest(url))
     else:
@@ -179,23 +180,23 @@ def _inspect(options: argparse.Namespace) -> int:
 def _describe_shards(url: str, manifest: Any) -> None:
     side = f"{manifest.resolution}x{manifest.resolution}" if manifest.resolution else "of several sizes"
     size = sum(shard.bytes for shard in manifest.shards)
-    print(
+    _show(
         f"{storage.redact(url)}: {manifest.num_samples:,} images {side}, {'colour' if manifest.channels == 3 else 'grey'}"
     )
-    print(f"  {len(manifest.shards)} shards, {size / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:16]}")
+    _show(f"  {len(manifest.shards)} shards, {size / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:16]}")
     if manifest.classes is None:
-        print("  no labels")
+        _show("  no labels")
     else:
         pairs = zip(manifest.classes, manifest.class_counts, strict=True)
-        print(f"  {len(manifest.classes)} classes: " + ", ".join(f"{name} {count:,}" for name, count in pairs))
+        _show(f"  {len(manifest.classes)} classes: " + ", ".join(f"{name} {count:,}" for name, count in pairs))
 
 
 def _describe_checkpoint(manifest: dict[str, Any]) -> None:
     size = sum(f["bytes"] for f in manifest["files"].values())
-    print(f"checkpoint {manifest['serial']}: {manifest['images']:,} images, attempt {manifest['attempt']}")
-    print(f"  {len(manifest['tensors'])} tensors in {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
-    print(f"  written by {manifest['world_size']} ranks, dist_gan {manifest['dist_gan']}, torch {manifest['torch']}")
-    print(f"  progress {json.dumps(manifest['values']['progress'])}")
+    _show(f"checkpoint {manifest['serial']}: {manifest['images']:,} images, attempt {manifest['attempt']}")
+    _show(f"  {len(manifest['tensors'])} tensors in {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    _show(f"  written by {manifest['world_size']} ranks, dist_gan {manifest['dist_gan']}, torch {manifest['torch']}")
+    _show(f"  progress {json.dumps(manifest['values']['progress'])}")
 
 
 def _describe_run(url: str) -> None:
@@ -204,19 +205,31 @@ def _describe_run(url: str) -> None:
     outcome = storage.join(url, "outcome.json")
     if storage.exists(outcome):
         facts = json.loads(storage.read(outcome))
-        print(f"outcome: {facts['outcome']} (code {facts['code']}) {facts['reason']}".rstrip())
+        outcome_line = f"outcome: {facts['outcome']} (code {facts['code']}) {facts['reason']}".rstrip()
+        _show(*report(outcome_line).split("\n"))
     else:
-        print("outcome: none yet; the run lives, or was killed")
+        _show("outcome: none yet; the run lives, or was killed")
     metrics = storage.join(url, "metrics.jsonl")
     if storage.exists(metrics) and (lines := storage.read(metrics).decode().strip().splitlines()):
-        print(f"last line of metrics: {lines[-1]}")
+        _show(f"last line of metrics: {lines[-1]}")
     for _, name in checkpoint_format.listed(storage.join(url, "checkpoints")):
         place = storage.join(url, "checkpoints", name)
         committed = storage.exists(storage.join(place, "COMMIT"))
-        print(f"{place}{'' if committed else ' (never committed)'}")
+        _show(f"{place}{'' if committed else ' (never committed)'}")
     found = checkpoint_format.newest(storage.join(url, "checkpoints"))
     if found.url is not None:
         _describe_checkpoint(checkpoint_format.read_manifest(found.url))
+
+
+def _show(*lines: object) -> None:
+    """What a command found out, on the standard output."""
+    for line in lines:
+        print(safe(line))
+
+
+def _say(message: str) -> None:
+    """Why a command ended."""
+    print(report(message), file=sys.stderr)
 
 
 if __name__ == "__main__":

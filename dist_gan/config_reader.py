@@ -84,7 +84,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world
             mistakes.append(text)
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise UserError(f"{count} in the configuration ({source}):\n" + "\n".join(f"  {m}" for m in mistakes))
+        raise UserError(f"{count} in the configuration ({source}):", *mistakes)
     return config
 
 
@@ -371,11 +371,13 @@ def _cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tupl
                 f"run.dir: {storage.redact(run.dir)!r} is no local folder; logs are appended to, so give a path on a disk",
             )
         )
-    if run.resume not in ("auto", "never"):
-        try:
-            storage.check_url(run.resume, place="run.resume")
-        except UserError as error:
-            found.append((("run.resume",), str(error)))
+    starts = {"run.resume": None if run.resume in ("auto", "never") else run.resume, "run.init_from": run.init_from}
+    for place, start in starts.items():
+        if start is not None:
+            try:
+                storage.check_url(start, place=place)
+            except UserError as error:
+                found.append(((place,), str(error)))
     penalised = any(k != 0.0 for k in (objective.r1_gamma, objective.r2_gamma, objective.gradient_penalty))
     if penalised and isinstance(networks, DCGANNetworks) and networks.d_norm == "batch":
         found.append(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from dist_gan.run_folder import OUTCOME, RunFolder, refuse, sees_attempt, write_
 from dist_gan.runtime import Missing, Runtime, StopRequest, read_launch
 from dist_gan.trainer import End, build, fit
 from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import report, safe
 
 FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -85,8 +87,8 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
         missing = runtime.lost() if runtime is not None and isinstance(error, RuntimeError) else Missing(None)
         if missing.reason is not None:
             return _lost(config, folder, missing)
-        traceback.print_exc()
-        return _leave(config, folder, "crashed", code=CRASHED, reason=f"{type(error).__name__}: {error}")
+        print(report(traceback.format_exc()), file=sys.stderr, flush=True)
+        return _leave(config, folder, "crashed", code=CRASHED, reason=safe(f"{type(error).__name__}: {error}"))
     finally:
         if runtime is not None:
             runtime.close()
@@ -188,4 +190,4 @@ def _leave(config: RunConfig, folder: RunFolder | None, outcome: str, *, code: i
 
 def say(reason: str) -> None:
     """The one message of a run that did not start or did not finish."""
-    print(f"dist_gan: {reason}", flush=True)
+    print(report(f"dist_gan: {reason}"), flush=True)

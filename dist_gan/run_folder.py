@@ -16,6 +16,7 @@ from dist_gan import storage
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import differences, to_yaml
 from dist_gan.types import UserError
+from dist_gan.wording import report
 
 OUTCOME = "outcome.json"
 ATTEMPTS = "attempts"
@@ -169,7 +170,7 @@ def write_outcome(
         "images": images,
         "commit": commit,
         "attempt": attempt,
-        "reason": reason,
+        "reason": report(reason),
         "unix_time": round(time.time(), 3),
     }
     storage.publish(str(folder / OUTCOME), (json.dumps(value, indent=1) + "\n").encode())

@@ -25,6 +25,8 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import redact as redact
+from dist_gan.wording import scheme_of as scheme_of
 
 Result = TypeVar("Result")
 PATIENCE_S = 120.0
@@ -51,15 +53,6 @@ ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", 
 _EXTRAS = {"s3": "s3", "gs": "gs", "az": "azure", "abfs": "azure", "http": "http", "https": "http", "hf": "hf"}
 """What to install for a scheme."""
 _SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
-_USER_AND_SECRET = re.compile(r"^[^/?#:]*:(?!\d*(?:[/?#]|$)).*@")
-"""Up to the last @, for a secret may hold any sign; a port is no secret."""
-_USER = re.compile(r"^[^/?#]*@")
-
-
-def scheme_of(url: str) -> str:
-    """Scheme of a URL in lower case; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
-    match = _SCHEME.match(url)
-    return (match[1] or match[2]).lower() if match else "file"
 
 
 def check_url(url: str, *, place: str) -> str:
@@ -85,22 +78,6 @@ def check_url(url: str, *, place: str) -> str:
             f"give the bare URL, and credentials by the environment"
         )
     return url
-
-
-def redact(url: str) -> str:
-    """The URL without what may be a secret: user part, query, fragment, a pipe's command. A path is left as it is."""
-    if "::" in url:
-        return "::".join(redact(part) for part in url.split("::"))
-    scheme = scheme_of(url)
-    if scheme == "file":
-        return url
-    if scheme in ("pipe", "data"):
-        return f"{scheme}:..."
-    start, rest = url.split("://", 1)
-    rest = _USER_AND_SECRET.sub("", rest)
-    if scheme != "abfs":  # there it is the container that stands before the @
-        rest = _USER.sub("", rest)
-    return f"{start}://{re.split('[?#]', rest, maxsplit=1)[0]}"
 
 
 def join(url: str, *names: str) -> str:

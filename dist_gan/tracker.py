@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dist_gan import images as pictures
+from dist_gan import wording
 from dist_gan.types import Scalars
 
 # Tags of a custom chart are patterns.
@@ -61,7 +62,8 @@ class Tracker:
         self._metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
         self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115 - closed by close()
         self._writer = self._board(purge_step=resumed_at + 1 if attempt > 1 else None)
-        self._writer.add_text("config", "```yaml\n" + config_yaml + "```", global_step=resumed_at)
+        text = "".join(f"{wording.safe(line)}\n" for line in config_yaml.splitlines())
+        self._writer.add_text("config", f"```yaml\n{text}```", global_step=resumed_at)
         self._on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total, initial=resumed_at, unit="img", unit_scale=True, disable=not self._on_terminal, smoothing=0.1
@@ -116,17 +118,17 @@ class Tracker:
             speed = clock["time/images_per_second"]
             self.say(f"{images:>12,}/{self._total:,} images  {speed:8.1f} img/s  {facts}  left {_span(left)}")
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches."""
+    def say(self, *lines: str) -> None:
+        """A line for the person who watches, and what stands below it."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(wording.lines(lines), file=sys.stderr)
 
     def event(self, event: str, *, images: int, **facts: Any) -> None:
         """A line of events.jsonl."""
         if not self.enabled:
             return
-        line = {"event": event, "images": images, "attempt": self._attempt, "unix_time": round(time.time(), 3)} | facts
-        self._events.write(json.dumps(line) + "\n")
+        line = {"event": event, "images": images, "attempt": self._attempt, "unix_time": round(time.time(), 3)}
+        self._events.write(json.dumps(line | wording.safe_values(facts)) + "\n")
         self._events.flush()
 
     def grid(self, name: str, images: int, samples_NHWC: NDArray[np.uint8]) -> Path | None:

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "config", "config_reader", "storage", "store_folder", "images", "tensorfile"),
+    ("wording", "types", "config", "config_reader", "storage", "store_folder", "images", "tensorfile"),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "scalars", "run_folder",
@@ -299,6 +299,32 @@ def test_every_outside_library_is_declared() -> None:
 def test_nothing_unpickles_and_nothing_starts_a_shell_or_runs_text() -> None:
     found = [line for name, tree in trees().items() for line in banned_in(tree, module=name)]
     assert not found, "\n".join(found)
+
+
+OUTLETS = ("safe", "report", "lines", "help_text")
+"""What makes text from outside fit to be printed, and a text that is ours alone."""
+
+
+def unsafe_prints(tree: ast.Module) -> list[int]:
+    """Lines that print, or write with tqdm, anything that has not been made safe in the same call."""
+    found = []
+    for node in running_nodes(tree):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("print", "tqdm.write"):
+            continue
+        made = [arg.func for arg in node.args if isinstance(arg, ast.Call)]
+        if len(made) != len(node.args) or not {ast.unparse(f).rpartition(".")[2] for f in made} <= set(OUTLETS):
+            found.append(node.lineno)
+    return found
+
+
+def test_whatever_is_printed_goes_through_the_room_that_makes_it_safe() -> None:
+    found = {name: lines for name, tree in trees().items() if (lines := unsafe_prints(tree))}
+    assert not found, f"print(safe(text)) or print(report(text)): {found}"
+
+
+@pytest.mark.parametrize("line", ["print(x)", "print(f'{x}')", "print(str(x))", "tqdm.write(x)", "print(safe(x), y)"])
+def test_the_checker_sees_a_print_that_is_not_safe(line: str) -> None:
+    assert unsafe_prints(ast.parse(line)) == [1]
 
 
 def test_no_room_is_a_lumber_room() -> None:

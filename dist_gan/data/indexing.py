@@ -229,11 +229,12 @@ def _join(found: list[_Indexed], shown: str, label_key: str | None) -> Manifest:
     if unlabelled and len(unlabelled) < len(shards):
         problems.append(f"{shown}: {unlabelled[0]} has no labels, and other shards have some")
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems[:MAX_SHOWN])
-        more = f"\n  and {len(problems) - MAX_SHOWN:,} more" if len(problems) > MAX_SHOWN else ""
+        more = [f"and {len(problems) - MAX_SHOWN:,} more"] if len(problems) > MAX_SHOWN else []
         raise UserError(
-            f"{shown}: the shards cannot be indexed:{lines}{more}\n"
-            f"Write or copy the damaged shards again, remove them from the folder, or pack the images anew."
+            f"{shown}: the shards cannot be indexed:",
+            *(f"- {problem}" for problem in problems[:MAX_SHOWN]),
+            *more,
+            "Write or copy the damaged shards again, remove them from the folder, or pack the images anew.",
         )
     sizes: Counter[tuple[int, int]] = sum((indexed.sizes for indexed in found), Counter())
     channels: Counter[int] = sum((indexed.channels for indexed in found), Counter())

@@ -68,9 +68,9 @@ class Problems:
             return
         if len(self._found) == 1:
             raise UserError(f"{self._place}: {self._found[0]}")
-        shown = "".join(f"\n  - {sentence}" for sentence in self._found[:MAX_SHOWN])
-        more = f"\n  and {len(self._found) - MAX_SHOWN} more" if len(self._found) > MAX_SHOWN else ""
-        raise UserError(f"{self._place}: {len(self._found)} mistakes:{shown}{more}")
+        shown = [f"- {sentence}" for sentence in self._found[:MAX_SHOWN]]
+        more = [f"and {len(self._found) - MAX_SHOWN} more"] if len(self._found) > MAX_SHOWN else []
+        raise UserError(f"{self._place}: {len(self._found)} mistakes:", *shown, *more)
 
 
 def list_images(files: Iterable[File], folders: Iterable[str], *, place: str, read: Callable[[str], bytes]) -> Listing:

@@ -50,6 +50,7 @@ from dist_gan.data.shard_writer import (
 from dist_gan.data.sources import Reader, Source
 from dist_gan.data.survey import MAX_RESOLUTION, MIN_RESOLUTION, is_resolution, settle
 from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import safe
 
 SAMPLES_PER_SHARD = 4096
 _VERSION = 2
@@ -59,7 +60,7 @@ _FEW_IMAGES = 4000
 
 def say_on_stderr(sentence: str) -> None:
     """One line for the person at the terminal."""
-    print(sentence, file=sys.stderr)
+    print(safe(sentence), file=sys.stderr)
 
 
 def progress_bar(what: str, progress: bool | None, *, total: int | None) -> tqdm[NoReturn]:

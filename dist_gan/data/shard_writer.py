@@ -249,11 +249,12 @@ def raise_if_bad(bad: list[Bad], *, place: str) -> None:
     if not bad:
         return
     first = sorted(bad)[:MAX_SHOWN]
-    lines = "".join(f"\n  - {image.member}: {image.reason}" for image in first)
-    more = "" if len(bad) <= MAX_SHOWN else f"\n  and more ({len(bad)} seen until the pack stopped)"
+    more = [] if len(bad) <= MAX_SHOWN else [f"and more ({len(bad)} seen until the pack stopped)"]
     raise UserError(
-        f"{place}: images that cannot be packed:{lines}{more}\n"
-        f"Repair or remove them, or give --skip-bad to leave such images out."
+        f"{place}: images that cannot be packed:",
+        *(f"- {image.member}: {image.reason}" for image in first),
+        *more,
+        "Repair or remove them, or give --skip-bad to leave such images out.",
     )
 
 

@@ -395,4 +395,4 @@ def check_fit(url: str, manifest: Manifest, *, resolution: int, channels: int, c
             f"set networks.classes={found}"
         )
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError(*mistakes)

@@ -110,7 +110,7 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
             f"{launch.strategy}; leave it out, or set communication_data_type in a DeepSpeed file"
         )
     if mistakes:
-        raise UserError("\n  ".join(["the launch does not fit:", *mistakes]) if len(mistakes) > 1 else mistakes[0])
+        raise UserError(*["the launch does not fit:", *mistakes] if len(mistakes) > 1 else mistakes)
     return launch
 
 

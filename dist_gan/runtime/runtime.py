@@ -32,6 +32,7 @@ from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
 from dist_gan.types import Network, Networks, TrainingFailed
+from dist_gan.wording import safe
 
 COLLECTIVES_LATER_S = 30
 
@@ -82,7 +83,7 @@ class Runtime:
                 rank=self.rank,
                 world_size=self.world_size,
                 patience_s=section.start_timeout_s,
-                on_failure=on_lost or (lambda missing: print(f"dist_gan: {missing.reason}", flush=True)),
+                on_failure=on_lost or (lambda missing: print(safe(f"dist_gan: {missing.reason}"), flush=True)),
             )
         if section.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -271,7 +272,7 @@ class Runtime:
         problems = self.gather_json(problem)
         for rank, text in enumerate(problems):
             if text is not None:
-                raise TrainingFailed(text if self.world_size == 1 else f"rank {rank}: {text}")
+                raise TrainingFailed(*(text if self.world_size == 1 else f"rank {rank}: {text}").split("\n"))
 
     def comparison(self) -> Comparison:
         """A new comparison of replicas, to add tensors to."""

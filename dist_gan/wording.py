@@ -1,0 +1,133 @@
+"""Text that came from outside, made fit to be printed: no secret of a URL, no sign that a terminal or a log obeys.
+
+Everything that is printed or kept goes through `safe` (one line) or `report` (several lines). The exceptions for users
+do so when they are made, the tracker, the command line and `outcome.json` when they write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
+_KNOWN = "file|memory|s3|s3a|s3n|gs|gcs|az|abfs|abfss|adl|https?|hf|ftp|sftp|ssh|git|github|webdav|hdfs"
+_START = re.compile(
+    r"(?<![^\W_])pipe:(?!\.\.\.)"  # webdataset's command, which runs to the end
+    r"|(?<![^\W_])data:(?=[^\s'\".])"
+    r"|[\w+.\-]*:/+"  # a scheme, with one slash or more
+    rf"|(?<![^\W_])(?:{_KNOWN}):(?=[^\s'\"])"  # a scheme without any
+    r"|(?<![\w/.~:\-])//"  # a URL that leaves its scheme out
+    r"|(?:(?<=[\s'\"`(\[{{=,])|^)[^\s:/'\"`(\[{{=,]+:(?=[^\s'\"][^\s]*@)",  # user:secret@ alone
+    re.IGNORECASE,
+)
+_CHAIN = re.compile(r"(?:\w+::)+")
+"""File systems laid over the URL, as fsspec writes them."""
+_OPENED = re.compile(r"(['\"`])(?:[\w.\-]+=)?$")
+"""A quotation mark before the URL, with the key of an override between them or not."""
+_CLOSING = re.compile(r"[\])}>,;:.'\"`!]*$")
+_AUTHORITY_START = re.compile(r"(pipe|data):|(?:[^/:]*:)?/{2,}|[^/:]*:/?", re.IGNORECASE)
+_PORT = re.compile(r"(?:localhost|[^/?#:@]*\.[^/?#:@]*|\[[0-9a-fA-F:.]*\]):\d{1,5}(?:[/?#]|$)")
+"""A host that looks like one with its port: what stands behind the colon is no secret."""
+_USER = re.compile(r"^[^/?#]*@")
+
+
+def safe(text: object) -> str:
+    """The text on one line, without secrets of URLs and with all that does not print written as an escape.
+
+    Safe text stays as it is. Secrets of a URL are its user part, query and fragment, and the command of `pipe:`. A URL
+    ends at a blank, or at the quotation mark that it began with.
+    """
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    parts: list[str] = []
+    at = 0
+    while (match := _START.search(printable, at)) is not None:
+        start = match.start()
+        end = _end_of_url(printable, at, match)
+        parts += [printable[at:start], _shown(printable[start:end])]
+        at = end
+    return "".join([*parts, printable[at:]])
+
+
+def report(text: str) -> str:
+    """Text of several lines, each safe; none after the first can begin like a message of the program."""
+    return lines(text.split("\n"))
+
+
+def lines(parts: Iterable[object]) -> str:
+    """Lines of one message, each safe; those after the first stand indented."""
+    first, *rest = (safe(part) for part in parts)
+    return "\n".join([first, *(line if line[:1] in ("", " ") else f"  {line}" for line in rest)])
+
+
+def safe_values(value: Any) -> Any:
+    """JSON values, with the text in them safe."""
+    if isinstance(value, str):
+        return safe(value)
+    if isinstance(value, dict):
+        return {safe(k): safe_values(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [safe_values(v) for v in value]
+    return value
+
+
+def scheme_of(url: str) -> str:
+    """Scheme of a URL in lower case; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
+    match = _SCHEME.match(url)
+    return (match[1] or match[2]).lower() if match else "file"
+
+
+def redact(url: str) -> str:
+    """The URL without what may be a secret: user part, query, fragment, a pipe's command. A path is left as it is."""
+    chain = _CHAIN.match(url)
+    begin = chain.end() if chain else 0
+    return url[:begin] + _redacted(url[begin:]) if _START.match(url, begin) else url
+
+
+def _end_of_url(text: str, begin: int, match: re.Match[str]) -> int:
+    opened, has_blanks = _OPENED.search(text, begin, match.start()), match[0].lower() == "pipe:"
+    at = match.end()
+    while opened is not None and at < len(text):
+        if text[at] == opened[1]:
+            end = _next_blank(text, at)
+            if _CLOSING.match(text, at, end):
+                return at
+            if not has_blanks:
+                return end  # the mark belongs to the URL
+        at += 2 if text[at] == "\\" else 1
+    return len(text) if has_blanks else _next_blank(text, match.end())
+
+
+def _next_blank(text: str, at: int) -> int:
+    blank = text.find(" ", at)
+    return blank if blank >= 0 else len(text)
+
+
+def _shown(url: str) -> str:
+    """A URL inside a text: what closes a bracket or sentence behind it is kept."""
+    clean = _redacted(url)
+    if clean == url:
+        return url
+    closing = _CLOSING.search(url)
+    tail = closing[0] if closing else ""
+    return clean if clean.endswith(tail) else clean + tail
+
+
+def _redacted(url: str) -> str:
+    start = _AUTHORITY_START.match(url)
+    if start is None:
+        return url
+    if start[1]:
+        return f"{start[1].lower()}:..."
+    scheme, rest = start[0].partition(":")[0].lower(), url[start.end() :]
+    if scheme in ("file", "memory") and not rest.partition("/")[0].count("@"):
+        return url  # a path, in which any sign may stand
+    if not _PORT.match(rest):
+        user, colon, _ = rest.partition(":")
+        if colon and "@" in rest[len(user) :]:  # up to the last @, for a secret may hold any sign
+            secret, _, rest = rest.rpartition("@")
+            if re.search("[?#]", secret):
+                return start[0] + "..."  # where the last @ may be in the query
+    if scheme != "abfs":  # there it is the container that stands before the @
+        rest = _USER.sub("", rest)
+    return start[0] + re.split("[?#]", rest, maxsplit=1)[0]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
 import posixpath
-import random
 import re
 import shutil
 import time
@@ -18,12 +18,13 @@ import uuid
 from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
-from threading import Event
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
+from dist_gan.patience import Patience as Patience
+from dist_gan.store_errors import failure, refusal
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import redact as redact
 from dist_gan.wording import scheme_of as scheme_of
@@ -31,7 +32,6 @@ from dist_gan.wording import scheme_of as scheme_of
 Result = TypeVar("Result")
 PATIENCE_S = 120.0
 """How long a store may stay silent before an operation on it fails; below every collective's timeout."""
-_TRANSIENT = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EBUSY, errno.EAGAIN)
 CONNECTIONS = 32
 """To one store; botocore's own ten are 200 requests a second at 50 ms each, whatever asks for them."""
 _CLIENT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -108,123 +108,105 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed; "
             f"run: pip install 'dist-gan[{_EXTRAS[scheme_of(url)]}]'"
         ) from error
+    except Exception as error:  # some clients look for credentials and addresses already here
+        raise failure(error, f"cannot use {redact(url)}") from error
     return filesystem, path
 
 
-class Patience:
-    """How long a store may stay silent before an operation on it fails, and how often it was asked again.
+def asked(
+    url: str, doing: str, operation: Callable[[], Result], patience: Patience | None = None, *, about: str = ""
+) -> Result:
+    """The result of an operation on a store, tried again while it merely does not answer. A disk is asked once.
 
     Args:
-        seconds: for one operation, from its first failure on; `PATIENCE_S` by default.
+        url: of what is asked for.
+        doing: the operation in a word (read, list, write, remove).
+        operation: what is done.
+        patience: shared with other operations; one of its own by default.
+        about: what the sentence of an error says behind the URL.
+
+    Raises:
+        OSError: as the operation, on a local disk.
+        FileNotFoundError: the store has no such thing.
+        UserError: the store refuses, or cannot be found under this name.
+        TrainingFailed: it has not answered in time, or failed in another way.
     """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        self.seconds = PATIENCE_S if seconds is None else seconds
-        self.retries = 0
-        self._over = Event()
-
-    def give_up(self) -> None:
-        """Ends all waiting: what fails from now on is not asked for again."""
-        self._over.set()
-
-    def wait(self, number: int, since: float, error: Exception) -> None:
-        """Sleeps before try `number` + 1 of an operation that began at `since`, or raises its error.
-
-        Waits grow from half a second to ten, each by chance between half and the whole, so that many ranks do not
-        come back at once.
-        """
-        longest = min(10.0, 0.5 * 2**number)
-        if not is_transient(error):
-            raise error
-        if time.monotonic() + longest > since + self.seconds:
-            raise ConnectionError(f"the store has not answered for {self.seconds:.0f} s ({_kind(error)})") from error
-        self.retries += 1
-        if self._over.wait(longest * random.uniform(0.5, 1.0)):
-            raise error
-
-
-def patiently(url: str, operation: Callable[[], Result], patience: Patience | None = None) -> Result:
-    """Does something to a store, again and again while it is merely not answering. A disk of this machine is asked once."""
     if local_path(url) is not None:
         return operation()
-    patience, began, number = patience or Patience(), time.monotonic(), 0
+    patience, began, number = patience or Patience(PATIENCE_S), time.monotonic(), 0
     while True:
         try:
-            return operation()
+            result = operation()
+        except (UserError, TrainingFailed):
+            raise
         except Exception as error:
-            patience.wait(number, began, error)
-        number += 1
-
-
-def _kind(error: BaseException) -> str:
-    """What went wrong in a word; what a store's client says beyond that may hold a secret."""
-    return type(error.__cause__ or error).__name__
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, a broken connection, an overloaded server."""
-    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError):
-        return False
-    if "Credential" in type(error).__name__:  # as botocore and google.auth say that there are none
-        return False
-    if isinstance(error, OSError) and error.__cause__ is not None and hasattr(error.__cause__, "response"):
-        return is_transient(error.__cause__)  # s3fs makes an EIO of whatever it does not know
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    if isinstance(error, OSError) and error.errno in _TRANSIENT:
-        return True
-    status = getattr(error, "status", None)
-    answer = getattr(error, "response", None)
-    if isinstance(answer, dict) and "Error" in answer:  # botocore's
-        if answer["Error"].get("Code") in ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"):
-            return True
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if isinstance(status, int):
-        return status >= 500 or status == 429
-    origin = type(error).__module__.split(".")[0]
-    if origin in ("aiohttp", "botocore", "aiobotocore", "requests", "urllib3"):
-        return True
-    cause = error.__cause__ or error.__context__
-    return cause is not None and cause is not error and is_transient(cause)
+            try:
+                patience.wait(number, began, error, place=redact(url))
+            except Exception as last:
+                if isinstance(last, FileNotFoundError | NotADirectoryError) and refusal(last) is None:
+                    raise
+                raise failure(last, f"cannot {doing} {redact(url)}{about}") from last
+            number += 1
+        else:
+            patience.met = True
+            return result
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there. Raises: as `asked`."""
     filesystem, path = connect(url)
-    return bool(patiently(url, lambda: filesystem.exists(path)))
+    if local_path(url) is not None:
+        return bool(filesystem.exists(path))
+    filesystem.invalidate_cache()
+    try:
+        # Not the clients' own `exists`: some take a store that does not answer for one that has no such file.
+        asked(url, "read", lambda: filesystem.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def size(url: str) -> int:
-    """Bytes of a file. Raises FileNotFoundError."""
+    """Bytes of a file. Raises: as `asked`."""
     filesystem, path = connect(url)
-    return int(patiently(url, lambda: filesystem.size(path)))
+    return int(asked(url, "read", lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """Names of files and folders in a folder, sorted; an absent folder is empty."""
+    """Names of files and folders in a folder, sorted; an absent folder is empty. Raises: as `asked`."""
     filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
-        entries = patiently(url, lambda: filesystem.ls(path, detail=False))
+        entries = asked(url, "list", lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name for name in (posixpath.basename(str(e).rstrip("/")) for e in entries) if name)
 
 
 def open_read(url: str) -> BinaryIO:
-    """A file open for reading, with seek and tell. Raises FileNotFoundError."""
-    filesystem, path = connect(url)
-    return cast(BinaryIO, filesystem.open(path, "rb"))
+    """A file open for reading, with seek and tell; what is read of a store is read with patience.
+
+    Raises:
+        OSError, FileNotFoundError, UserError, TrainingFailed: as `asked`, here and while it is read.
+    """
+    local = local_path(url)
+    if local is not None:
+        return open(local, "rb")
+    return io.BufferedReader(_StoreFile(url), _PART)
 
 
 def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
-    """Bytes of each named file in a folder, None for one that is not there; by one listing where there are listings."""
+    """Bytes of each named file in a folder, None for one that is not there; by one listing where there are listings.
+
+    Raises:
+        OSError, UserError, TrainingFailed: as `asked`.
+    """
     if scheme_of(url) in ("http", "https"):
         return {name: _size_or_none(join(url, name)) for name in names}
     filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
-        entries = patiently(url, lambda: filesystem.ls(path, detail=True))
+        entries = asked(url, "list", lambda: filesystem.ls(path, detail=True))
     except FileNotFoundError:
         entries = []
     found = {
@@ -241,9 +223,9 @@ def _size_or_none(url: str) -> int | None:
 
 
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a file, all of it by default."""
+    """Bytes [start, end) of a file, all of it by default. Raises: as `asked`."""
     filesystem, path = connect(url)
-    return bytes(patiently(url, lambda: filesystem.cat_file(path, start=start, end=end)))
+    return bytes(asked(url, "read", lambda: filesystem.cat_file(path, start=start, end=end)))
 
 
 def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
@@ -279,7 +261,7 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
                     break
                 raise ConnectionError(f"{len(part):,} of {until - at + len(part):,} bytes came")
         except Exception as error:
-            patience.wait(number, began, error)
+            patience.wait(number, began, error, place=redact(url))
             number += 1
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -312,20 +294,28 @@ def publish(url: str, data: bytes | memoryview) -> None:
     Raises:
         TrainingFailed: the disk is full or the store does not take the file; nothing is left under the name.
     """
+    about = f" ({len(data):,} bytes)"
+    place = f"cannot write {redact(url)}{about}"
     local = local_path(url)
-    try:
-        if local is not None:
+    if local is not None:
+        try:
             _publish_local(local, data)
-            return
-        filesystem, path = connect(url)
-        patiently(url, lambda: filesystem.pipe_file(path, bytes(data)))
+        except OSError as error:
+            raise TrainingFailed(f"{place}: {why(error)}") from error
+        return
+    filesystem, path = connect(url)
+    patience = Patience(PATIENCE_S, met=True)
+    try:
+        asked(url, "write", lambda: filesystem.pipe_file(path, bytes(data)), patience, about=about)
         filesystem.invalidate_cache()
-        written = int(patiently(url, lambda: filesystem.size(path)))
-        if written != len(data):
-            filesystem.rm_file(path)
-            raise OSError(errno.EIO, f"{written} of {len(data)} bytes arrived")
-    except OSError as error:
-        raise TrainingFailed(f"cannot write {redact(url)} ({len(data):,} bytes): {why(error)}") from error
+        written = int(asked(url, "write", lambda: filesystem.size(path), patience, about=about))
+    except FileNotFoundError as error:
+        raise TrainingFailed(f"{place}: it is not there after it was written") from error
+    except UserError as error:  # whoever publishes is in the middle of something that cannot go on
+        raise TrainingFailed(str(error)) from error
+    if written != len(data):
+        remove(url)
+        raise TrainingFailed(f"{place}: {written} of {len(data)} bytes arrived")
 
 
 def _publish_local(path: Path, data: bytes | memoryview) -> None:
@@ -365,31 +355,68 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def why(error: OSError) -> str:
+def why(error: OSError, *, reading: bool = False) -> str:
     """A failed file operation in the words of a person, with a remedy where there is one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or choose another folder, then start the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if reading:
+            return "no permission to read it; ask for the right, or give another place"
         return "no write permission; choose a folder you may write to, or ask for the right"
     return f"{error.strerror or error}"
 
 
 def remove(url: str) -> None:
-    """Removes a file; one that is not there is no error."""
+    """Removes a file; one that is not there is no error. Raises: as `asked`."""
     filesystem, path = connect(url)
     try:
-        filesystem.rm_file(path)
+        asked(url, "remove", lambda: filesystem.rm_file(path))
     except FileNotFoundError:
         return
 
 
 def remove_folder(url: str) -> None:
-    """Removes a folder with all that is in it; one that is not there is no error."""
+    """Removes a folder with all that is in it; one that is not there is no error. Raises: as `asked`."""
     filesystem, path = connect(url)
     try:
         if local_path(url) is not None:
             shutil.rmtree(path)
         else:
-            filesystem.rm(glob.escape(path), recursive=True)  # fsspec would read the name as a pattern
+            # fsspec would read the name as a pattern.
+            asked(url, "remove", lambda: filesystem.rm(glob.escape(path), recursive=True))
     except FileNotFoundError:
         return
+
+
+class _StoreFile(io.RawIOBase):
+    """A file in a store as ranges of bytes."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url, self._size, self._at = url, size(url), 0
+        self._patience = Patience(PATIENCE_S, met=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._size, self._at + len(buffer))
+        if self._at >= end:
+            return 0
+        try:
+            data = read_range(self._url, self._at, end, patience=self._patience)
+        except Exception as error:
+            raise failure(error, f"cannot read {redact(self._url)}") from error
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

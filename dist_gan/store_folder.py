@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dist_gan import storage
-from dist_gan.types import TrainingFailed, UserError
+from dist_gan.store_errors import failure
+from dist_gan.types import TrainingFailed
 
 Result = TypeVar("Result")
 PART_BYTES = 2**24
@@ -45,6 +46,7 @@ class StoreFolder:
         self.url = url
         self._filesystem, path = storage.connect(url)
         self._path = path.rstrip("/")
+        self._patience = storage.Patience(storage.PATIENCE_S)
 
     def files(self) -> list[FoundFile]:
         """All files at any depth, sorted, by one listing where the store can; an absent folder is empty.
@@ -133,35 +135,13 @@ class StoreFolder:
         return self._asked("list", "", listed)
 
     def _asked(self, doing: str, name: str, operation: Callable[[], Result]) -> Result:
-        def asked() -> Result:
-            try:
-                return operation()
-            except Exception as error:
-                if "Credential" in type(error).__name__:  # as botocore and google.auth say it; waiting does not help
-                    raise PermissionError(type(error).__name__) from error
-                raise
-
+        url = storage.join(self.url, name) if name else self.url
         try:
-            return storage.patiently(self.url, asked)
-        except Exception as error:
-            shown = (
-                storage.join(self.url, name) if name else self.url
-            )  # which may hold no secret; a name may hold a ? or a #
-            if isinstance(error, PermissionError):
-                raise UserError(
-                    f"cannot {doing} {shown}: the store refuses access; check the credentials in the environment, and "
-                    f"what they may do"
-                ) from error
-            if storage.is_transient(error):
-                raise TrainingFailed(
-                    f"cannot {doing} {shown}: the store has not answered for {storage.PATIENCE_S:.0f} s "
-                    f"({type(error).__name__}); start the same command again when it does"
-                ) from error
-            if isinstance(error, FileNotFoundError) and doing == "read":
+            return storage.asked(url, doing, operation, self._patience)
+        except FileNotFoundError as error:
+            if doing == "read":
                 raise
-            if isinstance(error, OSError):
-                raise TrainingFailed(f"cannot {doing} {shown}: {storage.why(error)}") from error
-            raise
+            raise failure(error, f"cannot {doing} {url}") from error
 
 
 def is_inside(url: str, folder: str) -> bool:

@@ -20,7 +20,10 @@ import pytest
 from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("wording", "types", "config", "config_reader", "storage", "store_folder", "images", "tensorfile"),
+    (
+        "wording", "types", "config", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
+        "tensorfile",
+    ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "scalars", "run_folder",

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from dist_gan import storage
 from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest, Shard
-from dist_gan.types import TrainingFailed, UserError
+from dist_gan.store_errors import failure
+from dist_gan.types import TrainingFailed
 
 _REMEMBERED = 4096
 """Pieces that the kernel was told of and is not told of again."""
@@ -63,7 +64,7 @@ class PieceReader:
         self, sources: Sequence[Source], *, memory: int, patience_s: float | None, cache: DiskCache | None
     ) -> None:
         self._sources, self._memory, self._cache = sources, memory, cache
-        self._patience = storage.Patience(patience_s)
+        self._patience = storage.Patience(storage.PATIENCE_S if patience_s is None else patience_s, met=True)
         self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
         """Least recently wanted first."""
         self._arrived: dict[Piece, Fetched] = {}
@@ -206,17 +207,18 @@ class PieceReader:
         return Fetched(start, data)
 
     def _read(self, url: str, start: int, end: int) -> bytes:
+        place = f"cannot read {storage.redact(url)}"
         try:
             return storage.read_range(url, start, end, patience=self._patience)
-        except UserError:
-            raise
-        except ConnectionError as error:
-            reason = f"{error}; data.patience_s says how long it is asked again"
         except OSError as error:
-            reason = storage.why(error)
-        except Exception as error:  # a store's client has exceptions of its own, and what they say may hold a secret
-            reason = type(error).__name__
-        raise TrainingFailed(f"cannot read {storage.redact(url)}: {reason}")
+            if storage.local_path(url) is not None:
+                raise TrainingFailed(f"{place}: {storage.why(error, reading=True)}") from error
+            found: Exception = error
+        except Exception as error:
+            found = error
+        # The beginning of this run was read with the same settings: what fails now is no mistake in them.
+        later = "data.patience_s says how long it is asked again"
+        raise TrainingFailed(str(failure(found, place, later=later))) from found
 
     def _shard(self, piece: Piece) -> Shard:
         return self._sources[piece.source].manifest.shards[piece.shard]

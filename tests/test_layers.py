@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "config", "config_reader", "storage", "store_folder", "images", "tensorfile"),
+    ("types", "config", "config_reader", "storage", "store_folder", "images", "tensorfile", "records"),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "scalars", "run_folder",

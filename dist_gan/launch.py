@@ -58,7 +58,7 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
                 say(str(error))
                 refuse(Path(config.run.dir), reason=str(error))
                 return CONFIGURATION_WRONG
-            for note in prepare_data(config):
+            for note in (*folder.notes, *prepare_data(config)):
                 say(note)
         else:
             launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())

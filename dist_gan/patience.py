@@ -9,6 +9,7 @@ from contextlib import suppress
 from threading import Event, Lock
 
 from dist_gan.store_errors import Silent, is_transient, is_unconnected, is_unresolved, reason
+from dist_gan.wording import safe
 
 _SAID_AGAIN_S = 60.0
 """A store that comes and goes is told of once in so many seconds."""
@@ -64,9 +65,5 @@ class Patience:
                 return
             self._said_at = now
         with suppress(OSError, ValueError):  # a terminal that is gone is no reason not to wait
-            print(
-                f"{place}: the store does not answer ({reason(error)}); waiting, it is asked again for up to "
-                f"{self.seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{place}: the store does not answer ({reason(error)}); it is asked again for up to {self.seconds:.0f} s"
+            print(safe(text), file=sys.stderr, flush=True)

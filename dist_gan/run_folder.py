@@ -5,16 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
-from dist_gan import storage
+from dist_gan import records, storage
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import differences, to_yaml
+from dist_gan.records import Damaged
 from dist_gan.types import UserError
 from dist_gan.wording import report
 
@@ -25,13 +27,18 @@ SEEN_WITHIN_S = 15.0
 """A network file system shows a new file within this time."""
 STARTS = "attempts.jsonl"
 """A line for each attempt that began to train, and one for each that ended as it should."""
+LOGS = (STARTS, "metrics.jsonl", "events.jsonl")
+"""Files that lines are added to."""
+_FILES = (OUTCOME, ATTEMPTS, "config.yaml", *LOGS)
+_FOLDERS = ("checkpoints", "samples", "tensorboard")
+_MOST_ATTEMPTS = 10**9
 
 
 class RunFolder:
     """The folder of a run, owned by one living process (rank 0) at a time.
 
     Ownership is a lock of the operating system on `run.lock`, so a killed process owns nothing. `attempt` counts the
-    starts of this run from 1.
+    starts of this run from 1, `notes` tell what was damaged in the folder and is passed over.
 
     Raises:
         UserError: the folder cannot be written, belongs to a living process, or to a run with other settings.
@@ -39,8 +46,10 @@ class RunFolder:
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run.dir)
+        self.notes: list[str] = []
         self._lock = self._claim()
         try:
+            self._refuse_odd_files()
             self._refuse_other_settings(config)
             self.attempt = self._next_attempt()
             (self.path / OUTCOME).unlink(missing_ok=True)
@@ -75,14 +84,22 @@ class RunFolder:
         lock.flush()
         return lock
 
+    def _refuse_odd_files(self) -> None:
+        """Raises where a folder or a pipe has the name of a file that has to be written, or a file that of a folder."""
+        odd = [name for name in _FILES if (self.path / name).exists() and not (self.path / name).is_file()]
+        odd += [name for name in _FOLDERS if (self.path / name).exists() and not (self.path / name).is_dir()]
+        if odd:
+            kind = "folder" if odd[0] in _FOLDERS else "regular file"
+            raise UserError(f"run.dir: {self.path / odd[0]} is no {kind}; move it away, or choose another run.dir")
+
     def _refuse_other_settings(self, config: RunConfig) -> None:
         kept = self.path / "config.yaml"
         checkpoints = self.path / "checkpoints"
         if not kept.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
             return  # nothing has been learned here yet that other settings could be mixed with
         try:
-            before = RunConfig.model_validate(yaml.safe_load(kept.read_text()))
-        except (ValueError, yaml.YAMLError) as error:
+            before = RunConfig.model_validate(yaml.safe_load(records.read(str(kept), limit=2**20)))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
                 f"run.dir: {kept} is no configuration of this version ({str(error).splitlines()[0]}); "
                 f"choose another run.dir, or move that folder away"
@@ -95,8 +112,20 @@ class RunFolder:
             )
 
     def _next_attempt(self) -> int:
-        counter = self.path / ATTEMPTS
-        attempt = int(counter.read_text()) + 1 if counter.exists() else 1
+        counter, attempt = self.path / ATTEMPTS, 0
+        try:
+            attempt = _attempt_in(counter)
+        except FileNotFoundError:
+            pass  # the first start
+        except Damaged as error:
+            self.notes.append(f"{error}; attempts are counted by {STARTS} instead")
+        try:
+            starts, odd = _read_starts(self.path)
+        except Damaged as error:
+            raise UserError(f"run.dir: {error}; move it away, which forgets how often the run was started") from error
+        if odd:
+            self.notes.append(f"{self.path / STARTS}: {odd} odd lines are left out")
+        attempt = max([attempt, *(start.attempt for start in starts)]) + 1
         storage.publish(str(counter), f"{attempt}\n".encode())
         return attempt
 
@@ -114,13 +143,42 @@ def sees_attempt(folder: Path, attempt: int) -> bool:
     """Whether this process sees the folder in which rank 0 has begun an attempt."""
     deadline = time.monotonic() + SEEN_WITHIN_S
     while True:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, Damaged):
             os.listdir(folder)  # a client of a network file system looks anew
-            if int((folder / ATTEMPTS).read_text()) == attempt:
+            if _attempt_in(folder / ATTEMPTS) == attempt:
                 return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.5)
+
+
+def _attempt_in(counter: Path) -> int:
+    """The number of the last attempt. Raises FileNotFoundError or Damaged."""
+    digits = re.fullmatch(rb"\s*([0-9]{1,9})\s*", records.read(str(counter), limit=64))
+    if digits is None:
+        raise Damaged(f"{counter} is damaged: it holds no number")
+    return int(digits[1])
+
+
+class _Start(NamedTuple):
+    """A line of `attempts.jsonl`."""
+
+    attempt: int
+    images: int | None
+    """Where the attempt began to train; None where the line says that it ended."""
+
+
+def _read_starts(folder: Path) -> tuple[list[_Start], int]:
+    """The sound lines of `attempts.jsonl`, and the number of odd ones. Raises Damaged where it cannot be read."""
+    lines = records.read_lines(folder / STARTS)
+    found, odd = [], lines.odd
+    for line in lines.records:
+        try:
+            attempt = line.whole("attempt", low=1, high=_MOST_ATTEMPTS)
+            found.append(_Start(attempt, None if "ended" in line else line.whole("images")))
+        except Damaged:
+            odd += 1
+    return found, odd
 
 
 def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | None:
@@ -128,12 +186,11 @@ def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | 
 
     An attempt that finished, or was asked to stop, does not count.
     """
-    path = folder / STARTS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    ended = {line["attempt"] for line in lines if "ended" in line}
+    starts, _ = _read_starts(folder)
+    ended = {start.attempt for start in starts if start.images is None}
     in_vain = 0
-    for line in reversed([line for line in lines if "images" in line]):
-        if line["images"] != images or line["attempt"] in ended:
+    for start in reversed([start for start in starts if start.images is not None]):
+        if start.images != images or start.attempt in ended:
             break
         in_vain += 1
     if in_vain >= limit:
@@ -142,15 +199,13 @@ def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | 
             f"(recovery.max_restarts); see the ends of their logs, and start again once the cause is gone with a larger "
             f"recovery.max_restarts or a smaller checkpoint.every"
         )
-    with open(path, "a") as file:
-        file.write(json.dumps({"attempt": attempt, "images": images}) + "\n")
+    records.append(folder / STARTS, {"attempt": attempt, "images": images})
     return None
 
 
 def note_end(folder: Path, *, attempt: int, outcome: str) -> None:
     """Notes that an attempt ended as it should."""
-    with open(folder / STARTS, "a") as file:
-        file.write(json.dumps({"attempt": attempt, "ended": outcome}) + "\n")
+    records.append(folder / STARTS, {"attempt": attempt, "ended": outcome})
 
 
 def write_outcome(

@@ -6,6 +6,7 @@ The x axis of everything is images seen.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dist_gan import images as pictures
-from dist_gan import wording
-from dist_gan.types import Scalars
+from dist_gan import records, storage, wording
+from dist_gan.types import Scalars, TrainingFailed
 
 # Tags of a custom chart are patterns.
 _LAYOUT = {
@@ -58,9 +59,9 @@ class Tracker:
         self._samples = folder / "samples"
         self._samples.mkdir(parents=True, exist_ok=True)
         self._rewinds = 0
-        _set_aside(folder / "metrics.jsonl", resumed_at=resumed_at, name=f"before-attempt-{attempt:04d}")
-        self._metrics = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
-        self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115 - closed by close()
+        odd = _set_aside(folder / "metrics.jsonl", resumed_at=resumed_at, name=f"before-attempt-{attempt:04d}")
+        self._metrics = records.open_log(folder / "metrics.jsonl")
+        self._events = records.open_log(folder / "events.jsonl")
         self._writer = self._board(purge_step=resumed_at + 1 if attempt > 1 else None)
         text = "".join(f"{wording.safe(line)}\n" for line in config_yaml.splitlines())
         self._writer.add_text("config", f"```yaml\n{text}```", global_step=resumed_at)
@@ -68,6 +69,8 @@ class Tracker:
         self._bar = tqdm(
             total=total, initial=resumed_at, unit="img", unit_scale=True, disable=not self._on_terminal, smoothing=0.1
         )
+        if odd:
+            self.say(f"metrics.jsonl: {odd} odd lines were set aside")
 
     def _board(self, *, purge_step: int | None) -> SummaryWriter:
         writer = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step, flush_secs=10)
@@ -82,7 +85,7 @@ class Tracker:
         self._metrics.close()
         name = f"before-rollback-{self._attempt:04d}-{self._rewinds:02d}"
         _set_aside(self.folder / "metrics.jsonl", resumed_at=images, name=name)
-        self._metrics = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed by close()
+        self._metrics = records.open_log(self.folder / "metrics.jsonl")
         self._writer.close()
         self._writer = self._board(purge_step=images + 1)
         self._bar.reset(total=self._total)
@@ -173,24 +176,40 @@ def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
         yield profiler.step
 
 
-def _set_aside(path: Path, *, resumed_at: int, name: str) -> None:
-    """Moves lines later than the checkpoint to a file of their own, so that each point is seen once."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    later: list[str] = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            images = json.loads(line)["images"]
-        except (ValueError, KeyError):  # the line that a killed process was writing
-            images = resumed_at + 1
-        (kept if images <= resumed_at else later).append(line)
-    if later:
-        aside = path.with_name(f"{path.stem}.{name}{path.suffix}")
-        aside.write_text("".join(later))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
+    """Moves lines later than the checkpoint to a file of their own, so that each point is seen once.
+
+    Odd lines go there too, whatever made them; returns how many these were.
+
+    Raises:
+        TrainingFailed: the files cannot be read or written.
+    """
+    aside, temporary = path.with_name(f"{path.stem}.{name}{path.suffix}"), path.with_suffix(".tmp")
+    try:
+        with open(path, "rb") as lines:
+            places = [_images_of(line) for line in records.raw_lines(lines)]
+        if all(images is not None and images <= resumed_at for images in places):
+            return 0
+        with open(path, "rb") as lines, open(temporary, "wb") as kept, open(aside, "ab") as moved:
+            for images, line in zip(places, records.raw_lines(lines), strict=True):
+                (moved if images is None or images > resumed_at else kept).write(line)
+            for file in (kept, moved):  # before the rename, or a power cut leaves an empty file under the name
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        storage.sync_folder(path.parent)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise TrainingFailed(f"cannot set lines of {path} aside: {storage.why(error)}") from error
+    return places.count(None)
+
+
+def _images_of(line: bytes) -> int | None:
+    """Images seen at a line of metrics; None for an odd line."""
+    record = records.sound_line(line, place="metrics")
+    images = None if record is None else record.values.get("images")
+    return images if type(images) is int and images >= 0 else None
 
 
 def _span(seconds: float) -> str:

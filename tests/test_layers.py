@@ -22,7 +22,7 @@ from tests.conftest import ROOT, environment
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "wording", "types", "config", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
-        "tensorfile",
+        "tensorfile", "records",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (

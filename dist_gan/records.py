@@ -1,0 +1,313 @@
+"""The one reader of JSON and JSONL files that the program wrote and reads again, whatever stands in them by now.
+
+A full disk leaves half a line, a power cut zeros, a person a folder of that name. Whatever cannot be used becomes
+`Damaged`, with place and reason in one sentence; in a log the odd lines are left out and counted. A store that does not
+answer, and a machine without file handles or memory, have damaged nothing: TrainingFailed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Iterator, KeysView
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from dist_gan import storage, store_errors
+from dist_gan.types import TrainingFailed, UserError
+
+LIMIT = 2**26
+"""Bytes of a JSON file that are read at most; the manifest of 100,000 tensors has a third of it."""
+LINE_LIMIT = 2**20
+"""Bytes of a line of a log."""
+LARGEST = 2**63 - 1
+"""Of a whole number, where nothing smaller is said."""
+_NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class Damaged(UserError):
+    """A file that is there and cannot be used: place and reason in one sentence."""
+
+
+class Record:
+    """A JSON object whose values are taken out with their types.
+
+    Args:
+        values: what the JSON gave.
+        place: file, and place in it, for the sentence.
+        remedy: end of the sentence.
+
+    Raises:
+        Damaged: `values` is no JSON object.
+    """
+
+    def __init__(self, values: Any, *, place: str, remedy: str = "") -> None:
+        if not isinstance(values, dict):
+            raise Damaged(f"{place} is damaged: it holds {_shown(values)} where a JSON object is needed{remedy}")
+        self.values: dict[str, Any] = values
+        self._place, self._remedy, self._path = place, remedy, ""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def keys(self) -> KeysView[str]:
+        """Names of the values."""
+        return self.values.keys()
+
+    def problem(self, key: str, needed: str) -> Damaged:
+        """The error that a value is not as needed."""
+        found = _shown(self.values[key]) if key in self.values else "missing"
+        return Damaged(f"{self._place} is damaged: {self._path}{key} is {found}, not {needed}{self._remedy}")
+
+    def whole(self, key: str, *, low: int = 0, high: int = LARGEST) -> int:
+        """A whole number from `low` to `high`."""
+        value = self.values.get(key)
+        if type(value) is not int or not low <= value <= high:
+            raise self.problem(key, f"a whole number from {low} {'on' if high == LARGEST else f'to {high}'}")
+        return value
+
+    def wholes(self, key: str, *, low: int = 0, high: int = LARGEST) -> list[int]:
+        """A list of whole numbers, each from `low` to `high`."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(type(n) is int and low <= n <= high for n in value):
+            raise self.problem(key, f"a list of whole numbers from {low} on")
+        return value
+
+    def number(self, key: str, *, low: float = -math.inf) -> float:
+        """A finite number of at least `low`."""
+        value: Any = self.values.get(key)
+        if type(value) not in (int, float) or not _finite(value) or value < low:
+            raise self.problem(key, "a finite number" + (f" from {low:g} on" if math.isfinite(low) else ""))
+        return float(value)
+
+    def text(self, key: str, *, longest: int = 4096) -> str:
+        """Text of at most `longest` signs."""
+        value: Any = self.values.get(key)
+        if not _is_text(value) or len(value) > longest:
+            raise self.problem(key, f"text of at most {longest:,} signs")
+        return str(value)
+
+    def texts(self, key: str, *, longest: int = 4096) -> list[str]:
+        """A list of texts of at most `longest` signs each."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(_is_text(text) and len(text) <= longest for text in value):
+            raise self.problem(key, f"a list of texts of at most {longest:,} signs")
+        return value
+
+    def record(self, key: str) -> Record:
+        """A JSON object inside this one."""
+        if not isinstance(self.values.get(key), dict):
+            raise self.problem(key, "a JSON object")
+        inner = Record(self.values[key], place=self._place, remedy=self._remedy)
+        inner._path = f"{self._path}{key if key.isprintable() else repr(key)}."
+        return inner
+
+
+class Lines(NamedTuple):
+    """What a log holds."""
+
+    records: list[Record]
+    """The sound lines, in order."""
+    odd: int
+    """Lines that are no JSON objects."""
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Encloses the reading of a file or folder, and says in the program's own words what a disk or a store says.
+
+    Raises:
+        FileNotFoundError: it is not there; as it came.
+        Damaged: it is there and cannot be read.
+        TrainingFailed: the store does not answer, or this machine has no file handles or memory left.
+        UserError: the store refuses access.
+    """
+    place = storage.redact(url)
+    is_local = storage.local_path(url) is not None
+    try:
+        yield
+    except (UserError, TrainingFailed, FileNotFoundError):
+        raise
+    except MemoryError as error:
+        raise TrainingFailed(f"cannot read {place}: there is not enough memory for it") from error
+    except OSError as error:
+        if error.errno in _NO_RESOURCES:
+            raise TrainingFailed(f"cannot read {place}: {error.strerror}; start the same command again") from error
+        if is_local or isinstance(error, IsADirectoryError):
+            raise Damaged(
+                f"{place} is damaged: it cannot be read ({error.strerror or type(error).__name__})"
+            ) from error
+        raise store_errors.failure(error, f"cannot read {place}") from error
+    except Exception as error:
+        if is_local:
+            raise
+        raise store_errors.failure(error, f"cannot read {place}") from error
+
+
+def size(url: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    with reading(url):
+        local = storage.local_path(url)
+        if local is None:
+            return storage.size(url)
+        facts = os.stat(local)
+        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would wait without end
+            kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
+            raise Damaged(f"{storage.redact(url)} is damaged: it is {kind}")
+        return facts.st_size
+
+
+def read(url: str, start: int | None = None, end: int | None = None, *, limit: int = LIMIT) -> bytes:
+    """Bytes [start, end) of a file, all of it by default, if it has no more than `limit`.
+
+    Raises:
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    found = size(url)
+    wanted = found if end is None else min(end, found) - (start or 0)
+    if wanted > limit:
+        raise Damaged(f"{storage.redact(url)} is damaged: {found:,} bytes are more than it can have ({limit:,})")
+    with reading(url):
+        return storage.read(url, start, end)
+
+
+def parse(data: bytes, *, place: str) -> Any:
+    """The value of a JSON file, in which no name may stand twice.
+
+    Raises:
+        Damaged: it is none; `place` says which file.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_without_doubles)
+    except RecursionError as error:
+        raise Damaged(f"{place} is damaged: it is nested too deeply") from error
+    except ValueError as error:  # bad UTF-8 and numbers of thousands of digits among them
+        raise Damaged(f"{place} is damaged: it is no JSON ({error})") from error
+
+
+def load(url: str, *, remedy: str = "", limit: int = LIMIT) -> Record:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    place = storage.redact(url)
+    return Record(parse(read(url, limit=limit), place=place), place=place, remedy=remedy)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {_shown(twice)} is there twice")
+    return found
+
+
+# -- logs ---------------------------------------------------------------------------------------------------------
+
+
+def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines of a log with their ends, each in pieces of `LINE_LIMIT` at most: such a piece is an odd line."""
+    while line := file.readline(LINE_LIMIT):
+        yield line
+
+
+def sound_line(line: bytes, *, place: str) -> Record | None:
+    """The record of a line of a log; None for one that a killed process or a full disk has left half."""
+    try:
+        return Record(parse(line, place=place), place=place)
+    except Damaged:
+        return None
+
+
+def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
+    """All lines of a log; one that is not there has none.
+
+    Raises:
+        Damaged: it cannot be read, or has more than `limit` bytes.
+    """
+    found, odd = [], 0
+    try:
+        if size(str(path)) > limit:
+            raise Damaged(f"{path} is damaged: it has more than {limit:,} bytes")
+        with reading(str(path)), open(path, "rb") as file:
+            for line in raw_lines(file):
+                record = sound_line(line, place=str(path))
+                odd += record is None
+                found += [] if record is None else [record]
+    except FileNotFoundError:
+        return Lines([], 0)
+    return Lines(found, odd)
+
+
+def open_log(path: Path) -> IO[str]:
+    """A log open for further lines; a half line at its end is ended, so that the next one is its own.
+
+    Raises:
+        UserError: it is no regular file.
+        TrainingFailed: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"run.dir: {path} is no regular file, and a log has to be written there; move it away")
+    try:
+        with open(path, "a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise TrainingFailed(f"cannot write {path}: {storage.why(error)}") from error
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a log, and waits until the disk has it.
+
+    Raises:
+        UserError: it is no regular file.
+        TrainingFailed: it cannot be written.
+    """
+    try:
+        with open_log(path) as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise TrainingFailed(f"cannot write {path}: {storage.why(error)}") from error
+
+
+# -- values -------------------------------------------------------------------------------------------------------
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file can be written with
+        return False
+    return True
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and len(value) < 80 else reprlib.repr(value)

@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 
-def make_shards(folder: Path) -> Path:
-    """700 labelled pictures of 16x16: coarse coloured noise, every one its own."""
+def make_shards(folder: Path, *, resolution: int = 16) -> Path:
+    """700 labelled square pictures: coarse coloured noise, every one its own."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (700, 4, 4, 3), dtype=np.uint8)
-    images = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    images = coarse.repeat(resolution // 4, axis=1).repeat(resolution // 4, axis=2)
     pack(
         ArraySource(images, np.arange(700) % 5, class_names=tuple("abcde")),
         str(folder),

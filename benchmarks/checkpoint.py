@@ -98,7 +98,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     step()
-    accelerator = runtime._accelerators["both"]
+    accelerator = runtime._accelerators["generator"]
     accelerator._models = [state.generator.module, state.discriminator.module, state.ema.module]
     accelerator._optimizers = [state.generator.optimizer, state.discriminator.optimizer]  # type: ignore[attr-defined]
     times: dict[str, list[float]] = {

@@ -59,7 +59,12 @@ def launch(
     command += [str(ROOT / "benchmarks" / "resume_ranks_worker.py"), str(shards), str(out), which, *extra]
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": "/nonexistent",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-9000:]}")
@@ -83,7 +88,9 @@ def compare(
             names = set()
             for mine, theirs in zip(whole, again, strict=True):
                 a, b = mine[place]["stops"][stop], theirs[place]["stops"][stop]
-                names |= {n for n in a["tensors"].keys() | b["tensors"].keys() if a["tensors"].get(n) != b["tensors"].get(n)}
+                names |= {
+                    n for n in a["tensors"].keys() | b["tensors"].keys() if a["tensors"].get(n) != b["tensors"].get(n)
+                }
                 logs += a["log"] != b["log"]
                 keys += a["keys"] != b["keys"]
             different[stop] = len(names)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,7 +75,9 @@ class Wandering(nn.Module):
     def __init__(self, *, features: int, width: int = 96) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Flatten(), nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-        self.second = nn.Sequential(nn.Flatten(), nn.Linear(features, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.second = nn.Sequential(
+            nn.Flatten(), nn.Linear(features, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
         self.head = nn.Linear(width, 1)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -222,6 +225,10 @@ def resumed(case: Case, runtime: Runtime, folder: Path) -> dict[int, Any]:
     return found
 
 
+def _hook(config: RunConfig) -> DDPCommunicationHookType:
+    return DDPCommunicationHookType.BF16 if config.runtime.compress == "bf16" else DDPCommunicationHookType.NO
+
+
 def _checkpointer(runtime: Runtime, folder: Path) -> Checkpointer:
     return Checkpointer(str(folder), runtime=runtime, section=CheckpointSection(), facts={})
 
@@ -246,6 +253,9 @@ def main() -> None:
             if runtime is None:
                 runtime = Runtime(case.config.runtime, launched)
             runtime.section = case.config.runtime
+            for accelerator in runtime._accelerators.values():  # one process group for all cases
+                if strategy == "ddp":
+                    accelerator.ddp_handler.comm_hook = _hook(case.config)
             runtime.launch = dataclasses.replace(launched, strategy=strategy)
             torch.manual_seed(0)
             folder = options.out / slug(f"{strategy}/{world_size}/{name}")

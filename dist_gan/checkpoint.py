@@ -133,6 +133,15 @@ class Checkpointer:
         return self._runtime.is_main
 
     @property
+    def order_of_sums(self) -> dict[str, Any]:
+        """Entries of a manifest that decide in which order numbers are summed over ranks."""
+        return {
+            "world_size": self._runtime.world_size,
+            "strategy": self._runtime.launch.strategy,
+            "gradient_layout": self._facts.get("gradient_layout"),
+        }
+
+    @property
     def failed(self) -> bool:
         """Whether the checkpoint in flight is known to have failed on this rank; `drain` raises why, on all."""
         return self._problem is not None

@@ -315,6 +315,8 @@ class RuntimeSection(Section):
     """`auto` takes a GPU for each process where there is one, and the CPU elsewhere."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`auto` takes the launch file's mixed_precision. bf16 is autocast, penalties stay in fp32. fp64 is for proofs."""
+    tf32: bool = False
+    """TF32 (10 bits of mantissa) for GPU products and convolutions in fp32, penalties under bf16 included; off: full fp32."""
     micro_batch: Annotated[Count, Field(gt=0)] | None = None
     """Images a process forwards at once; its share of the batch is accumulated in pieces of this size. None: at once."""
     threads: Annotated[Count, Field(gt=0)] | None = None

@@ -37,8 +37,8 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     """
     wanted = config.run.resume
     if wanted not in ("auto", "never"):
-        checkpointer.load(wanted, state.parts())
-        return Resumed(wanted, (), False)
+        manifest = checkpointer.load(wanted, state.parts())
+        return Resumed(wanted, _not_bitwise(manifest, checkpointer), False)
     intent = checkpointer.intended_rollback()
     found = checkpointer.newest()
     if found.url is None:
@@ -51,6 +51,7 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
         )
     manifest = checkpointer.load(found.url, state.parts())
     notes = tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
+    notes += _not_bitwise(manifest, checkpointer)
     if intent is None:
         return Resumed(found.url, notes, False)
     if manifest["values"]["recovery"]["rollbacks"] >= intent["recovery"]["rollbacks"]:
@@ -58,6 +59,25 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     url = storage.join(checkpointer.folder, intent["target"])
     _go_back(checkpointer, state, url, intent)
     return Resumed(url, (*notes, "finished a rollback that was cut off"), True)
+
+
+def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[str, ...]:
+    """Why the run will not have the bits of one that was never interrupted: it sums over ranks in another order."""
+    now = checkpointer.order_of_sums
+    before = {name: manifest.get(name) for name in now}
+    if any(before[name] != now[name] for name in ("world_size", "strategy")):
+        return (
+            f"the checkpoint is of {before['world_size']} processes ({before['strategy']}), and {now['world_size']} "
+            f"({now['strategy']}) go on: from here on the numbers are those of an unbroken run to rounding, not bit for bit",
+        )
+    layouts = before["gradient_layout"], now["gradient_layout"]
+    if layouts[0] is None or layouts[0] == layouts[1]:  # checkpoints of earlier versions say nothing of it
+        return ()
+    return (
+        f"gradients are summed in another order than before ({layouts[0]}, now {layouts[1]}): from here on the numbers are "
+        f"those of an unbroken run to rounding, not bit for bit; torch {manifest.get('torch')} and the launch file of the "
+        f"checkpoint give its order again",
+    )
 
 
 def roll_back(checkpointer: Checkpointer, state: TrainState, *, reason: str) -> str:

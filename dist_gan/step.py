@@ -110,7 +110,7 @@ def _turn(
     for index, piece in enumerate(pieces):
         # What lives inside a network (dropout, noise inputs) draws from torch's generator: it is seeded here, at every
         # turn, so that no generator state has to survive a restart.
-        torch.manual_seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
+        runtime.seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
         with runtime.turn(active, resting, last_micro=index == len(pieces) - 1) as (G, D):
             losses = loss_of(G, D, piece, draws, knobs, progress.memory)
             runtime.mark(f"the {active.name}'s backward pass")

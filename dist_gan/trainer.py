@@ -82,6 +82,7 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
             "attempt": attempt,
             "config_hash": config_hash(config),
             "config": to_yaml(config),
+            "gradient_layout": {player.name: player.layout for player in (state.generator, state.discriminator)},
         },
     )
     resumed = resume(config, checkpointer, state)

@@ -23,7 +23,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if odd:
         flat = torch.cat([flat, flat.new_zeros(8 - odd)])
     words = flat.view(torch.int64) if flat.storage_offset() % 8 == 0 else flat.clone().view(torch.int64)
-    total = torch.tensor(tensor.numel(), dtype=torch.int64, device=tensor.device)
+    # `torch.tensor` would copy the number to the device and wait for it.
+    total = torch.full((), tensor.numel(), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _WORDS_AT_ONCE):
         part = words[start : start + _WORDS_AT_ONCE]
         places = torch.arange(start, start + part.numel(), dtype=torch.int64, device=tensor.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         launch = Launch("ddp" if world_size > 1 else "single", precision)
     else:
+        if gpus == 0 or config.runtime.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which happens next
         launch, problems = _deepspeed(config, environment, precision)
         mistakes += problems
     if config.runtime.compress != "none" and launch.strategy not in ("ddp", "single"):

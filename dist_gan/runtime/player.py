@@ -41,12 +41,14 @@ class Player(ABC):
         name: `generator` or `discriminator`.
         module: the network itself, for the other player's turn and for its buffers.
         clip: largest norm of the whole gradient; 0 for no clipping.
+        layout: short name of the order in which gradients are summed over ranks; empty where there is one order only.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, clip: float) -> None:
+    def __init__(self, name: str, module: nn.Module, *, clip: float, layout: str = "") -> None:
         self.name = name
         self.module = module
         self.clip = clip
+        self.layout = layout
         self.parameters = dict(module.named_parameters())
         self._spectral = spectral_weights(module)
         self._shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
@@ -185,13 +187,20 @@ class TorchPlayer(Player):
 
     Args:
         wrapped: what is called in its own turn; the module, or DDP around it.
-        optimizer: over the module's parameters, in their order.
+        optimizer: over the module's parameters, in their order; as accelerate has prepared it.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float
+        self,
+        name: str,
+        module: nn.Module,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float,
+        layout: str = "",
     ) -> None:
-        super().__init__(name, module, clip=clip)
+        super().__init__(name, module, clip=clip, layout=layout)
         self.wrapped = wrapped
         self.optimizer = optimizer
 
@@ -251,7 +260,9 @@ class TorchPlayer(Player):
         for name, parameter in self.parameters.items():
             for key in keys:
                 value = tensors[f"optimizer/{name}/{key}"]
-                self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+                # A moment lies in memory as its parameter does: fused optimizers want both alike.
+                like = value.to(parameter.device) if key == "step" else parameter
+                self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
 
 
 def build_optimizer(parameters: list[nn.Parameter], section: OptimSection) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -14,22 +14,17 @@ from typing import Any
 import accelerate
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import (
-    DDPCommunicationHookType,
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-)
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from dist_gan.config import RuntimeSection
+from dist_gan.runtime.accelerators import make_accelerators
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
+from dist_gan.runtime.buckets import Bucketed, lay_out
 from dist_gan.runtime.fingerprint import Comparison
+from dist_gan.runtime.groups import FIRST_REDUCTION_S, first_reduction, join
 from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
 from dist_gan.runtime.launched import Launch
+from dist_gan.runtime.numerics import set_numerics
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
 from dist_gan.types import Network, Networks, TrainingFailed
 from dist_gan.wording import safe
@@ -56,24 +51,22 @@ class Runtime:
         self.launch = launch
         self.precision = launch.precision
         self._set_threads()
+        set_numerics(section)
         on_cpu = section.device == "cpu" or not torch.cuda.is_available()
         timeout = timedelta(seconds=section.start_timeout_s)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _join(on_cpu=on_cpu, timeout=timeout)
-        if launch.zero_stage is None:
-            handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
-            # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
-            self._accelerators = {"both": Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)}
-        else:
-            self._accelerators = _deepspeed_accelerators(launch.zero_stage, on_cpu=on_cpu, timeout=timeout)
-        accelerator = next(iter(self._accelerators.values()))
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1:
+            join(on_cpu=on_cpu, timeout=timeout)
+        self._accelerators = make_accelerators(section, launch, on_cpu=on_cpu, timeout=timeout)
+        accelerator = self._accelerators["generator"]
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        assert self.world_size == launched, f"{launched} processes were launched, {self.world_size} found each other"
+        if self.world_size != launched:
+            raise TrainingFailed(f"{launched} processes were launched, and {self.world_size} found each other")
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._control = self._writer = None
+        self._engine_groups: list[dist.ProcessGroup] = []
         self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=timeout)
@@ -85,9 +78,22 @@ class Runtime:
                 patience_s=section.start_timeout_s,
                 on_failure=on_lost or (lambda missing: print(safe(f"dist_gan: {missing.reason}"), flush=True)),
             )
-        if section.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            self._reduce_once()
+
+    def _reduce_once(self) -> None:
+        cpu = torch.device("cpu")
+        places = {
+            "the processes' devices" if self.device != cpu else "the processes": (dist.group.WORLD, self.device),
+            "the control group": (self._control, cpu),
+            "the checkpoints' group": (self._writer, cpu),
+        }
+        assert self._heartbeat is not None
+        try:
+            limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # before the heartbeat loses patience
+            first_reduction(places, world_size=self.world_size, timeout_s=limit)
+        except TrainingFailed:
+            self._heartbeat.close()
+            raise
 
     @property
     def is_main(self) -> bool:
@@ -108,7 +114,7 @@ class Runtime:
         return {
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "precision": self.precision,
+            "precision": self.precision + ("+tf32" if self.section.tf32 else ""),
             "threads": torch.get_num_threads(),
             "strategy": self.launch.strategy + ("+offload" if self.launch.offload else ""),
         }
@@ -117,6 +123,15 @@ class Runtime:
     def packages() -> dict[str, str]:
         """Versions of what wraps the players."""
         return {"accelerate": accelerate.__version__}
+
+    def seed(self, value: int) -> None:
+        """Seeds torch's generator of the CPU, and of this process' device: what dropout and noise inside networks use.
+
+        `torch.manual_seed` asks every backend that torch knows, at 0.2 ms a call, for the same numbers.
+        """
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(value)
 
     # -- the two players ------------------------------------------------------------------------------------------
 
@@ -135,21 +150,34 @@ class Runtime:
         if self.section.sync_batchnorm:
             module = synchronise_batchnorm(module)
         optimizer = build_optimizer(list(module.parameters()), section)
+        accelerator = self._accelerators[name]
         if self.launch.zero_stage is None:
+            if self.world_size == 1:
+                wrapped, prepared = accelerator.prepare(module, optimizer)
+                return TorchPlayer(name, module, wrapped, prepared, clip=section.clip)
             with warnings.catch_warnings():
                 # torch 2.13 renames broadcast_buffers; accelerate knows the old name only, and torch 2.11 too.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-                wrapped = self._accelerators["both"].prepare_model(module)
-            return TorchPlayer(name, module, wrapped, optimizer, clip=section.clip)
+                wrapped, prepared = accelerator.prepare(Bucketed(module), optimizer)
+            layout = lay_out(wrapped)
+            return TorchPlayer(name, module, wrapped, prepared, clip=section.clip, layout=layout)
         from dist_gan.runtime.zero import engine_player, engine_settings
 
-        accelerator, stage = self._accelerators[name], self.launch.zero_stage
-        accelerator.state.select_deepspeed_plugin(name)
-        accelerator.deepspeed_plugin.deepspeed_config.update(
-            engine_settings(self.launch.zero_options, stage=stage, offload=self.launch.offload, clip=section.clip)
+        stage = self.launch.zero_stage
+        settings = engine_settings(
+            self.launch.zero_options,
+            stage=stage,
+            offload=self.launch.offload,
+            clip=section.clip,
+            elements=sum(p.numel() for p in module.parameters()),
         )
+        accelerator.state.select_deepspeed_plugin(name)
+        accelerator.deepspeed_plugin.deepspeed_config.update(settings)
         engine, _ = accelerator.prepare(module, optimizer)
-        return engine_player(name, engine, optimizer, stage=stage, clip=section.clip)
+        if self.world_size > 1:  # DeepSpeed's copy of the training group has a timeout of its own
+            self._engine_groups = [engine.seq_data_parallel_group]
+            self._set_timeout(self.section.start_timeout_s, self._engine_groups)
+        return engine_player(name, engine, optimizer, stage=stage, clip=section.clip, settings=settings)
 
     @contextmanager
     def turn(self, active: Player, resting: Player, *, last_micro: bool) -> Iterator[tuple[Network, Network]]:
@@ -327,9 +355,13 @@ class Runtime:
         if self._heartbeat is not None:
             self._heartbeat.patience_s = self.section.step_timeout_s
             # The collectives' own end comes later, so that the one with the name of the culprit is heard.
-            timeout = timedelta(seconds=self.section.step_timeout_s + COLLECTIVES_LATER_S)
-            for group in (dist.group.WORLD, self._control):
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+            groups = (dist.group.WORLD, self._control, *self._engine_groups)
+            self._set_timeout(self.section.step_timeout_s + COLLECTIVES_LATER_S, groups)
+
+    @staticmethod
+    def _set_timeout(seconds: float, groups: Iterable[dist.ProcessGroup | None]) -> None:
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def peak_memory_bytes(self) -> int:
         """Largest memory of this process so far: the device's on a GPU, the resident set on a CPU."""
@@ -349,46 +381,3 @@ class Runtime:
 
 def _as_bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _join(*, on_cpu: bool, timeout: timedelta) -> None:
-    """Makes the training group, as accelerate would, but apart from what an earlier attempt has left in the store.
-
-    Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
-    """
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    apart = PrefixStore(f"dist_gan/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
-    # gloo's processes then connect to those they talk to. By default each connects to all others in each of three groups,
-    # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:
-    hook = DDPCommunicationHookType.BF16 if section.compress == "bf16" else DDPCommunicationHookType.NO
-    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
-
-
-def _deepspeed_accelerators(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str, Accelerator]:
-    """An Accelerator for each player: accelerate keeps one DeepSpeed engine in each."""
-    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # has been read, and goes into the engines' settings
-    if on_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    plugins = {
-        name: DeepSpeedPlugin(
-            zero_stage=stage,
-            gradient_accumulation_steps=1,
-            gradient_clipping=0.0,
-            offload_optimizer_device="none",
-            offload_param_device="none",
-            zero3_init_flag=False,
-        )
-        for name in ("generator", "discriminator")
-    }
-    group = InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu else {}))
-    first = Accelerator(mixed_precision="no", deepspeed_plugins=plugins, kwargs_handlers=[group])
-    return {"generator": first, "discriminator": Accelerator()}

@@ -11,6 +11,8 @@ A second derivative through DeepSpeed holds under these conditions (each measure
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_gan.runtime.player import Player, TorchPlayer, Update, set_rates
+from dist_gan.types import TrainingFailed
 
 _HELD = -1
 """No layer's number: DeepSpeed frees no weight that some layer is said to be using."""
@@ -28,9 +31,22 @@ GATHERED_AT_ONCE = 2**26
 """Bytes of parameters that stage 3 makes whole at a time."""
 
 
-def engine_settings(launch_options: Mapping[str, Any], *, stage: int, offload: bool, clip: float) -> dict[str, Any]:
-    """DeepSpeed's settings for one player: ours, over the launch's DeepSpeed file."""
+def engine_settings(
+    launch_options: Mapping[str, Any], *, stage: int, offload: bool, clip: float, elements: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings for one player: ours, over the launch's DeepSpeed file.
+
+    Args:
+        launch_options: `zero_optimization` of the launch's DeepSpeed file, and what else that may hold.
+        stage: ZeRO stage.
+        offload: whether the moments lie in the host's memory.
+        clip: largest norm of the whole gradient; 0 for no clipping.
+        elements: numbers in the player's parameters.
+    """
     zero = dict(launch_options.get("zero_optimization", {})) | {"stage": stage}
+    bucket = zero.get("reduce_bucket_size")
+    # DeepSpeed allocates the bucket whole, 5e8 numbers unless told otherwise; more than all gradients never lie in it.
+    zero["reduce_bucket_size"] = min(int(bucket), elements) if isinstance(bucket, int | float) else elements
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()} | dict(
             zero.get("offload_optimizer", {})
@@ -47,7 +63,15 @@ def engine_settings(launch_options: Mapping[str, Any], *, stage: int, offload: b
     }
 
 
-def engine_player(name: str, engine: Any, optimizer: torch.optim.Optimizer, *, stage: int, clip: float) -> Player:
+def engine_player(
+    name: str,
+    engine: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    stage: int,
+    clip: float,
+    settings: Mapping[str, Any],
+) -> Player:
     """A player around a DeepSpeed engine.
 
     Args:
@@ -56,10 +80,13 @@ def engine_player(name: str, engine: Any, optimizer: torch.optim.Optimizer, *, s
         optimizer: the one that the engine was given.
         stage: ZeRO stage.
         clip: largest norm of the whole gradient; 0 for no clipping.
+        settings: those of the engine; what they say of ZeRO decides in which order gradients are summed.
     """
+    told = json.dumps({"stage": stage, **settings["zero_optimization"]}, sort_keys=True, default=str)
+    layout = f"zero{stage}, {hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if stage == 0:
-        return ReplicatedEnginePlayer(name, engine, optimizer, clip=clip)
-    return PartitionedPlayer(name, engine, stage=stage, clip=clip)
+        return ReplicatedEnginePlayer(name, engine, optimizer, clip=clip, layout=layout)
+    return PartitionedPlayer(name, engine, stage=stage, clip=clip, layout=layout)
 
 
 class ReplicatedEnginePlayer(TorchPlayer):
@@ -68,8 +95,10 @@ class ReplicatedEnginePlayer(TorchPlayer):
     The engine's own step would move the weights by gradients that are not finite, so the optimizer is stepped here.
     """
 
-    def __init__(self, name: str, engine: Any, optimizer: torch.optim.Optimizer, *, clip: float) -> None:
-        super().__init__(name, engine.module, engine.module, optimizer, clip=clip)
+    def __init__(
+        self, name: str, engine: Any, optimizer: torch.optim.Optimizer, *, clip: float, layout: str
+    ) -> None:  # fmt: skip
+        super().__init__(name, engine.module, engine.module, optimizer, clip=clip, layout=layout)
         self._engine = engine
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -83,8 +112,8 @@ class ReplicatedEnginePlayer(TorchPlayer):
 class PartitionedPlayer(Player):
     """Stages 1 to 3: each rank owns a part of the moments (1), of the gradients (2), of the weights (3)."""
 
-    def __init__(self, name: str, engine: Any, *, stage: int, clip: float) -> None:
-        super().__init__(name, engine.module, clip=clip)
+    def __init__(self, name: str, engine: Any, *, stage: int, clip: float, layout: str) -> None:
+        super().__init__(name, engine.module, clip=clip, layout=layout)
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = stage
@@ -140,7 +169,11 @@ class PartitionedPlayer(Player):
         culprit = None if applied else self._first_not_finite()
         set_rates(self._zero, lr=lr, beta2=beta2)
         self._engine.step()  # leaves the weights alone where the norm is not finite, and clears the gradients
-        assert bool(self._zero.overflow) != applied, f"DeepSpeed and we disagree about a gradient of norm {norm}"
+        if bool(self._zero.overflow) == applied:
+            raise TrainingFailed(
+                f"{self.name}: DeepSpeed {'skipped' if applied else 'made'} an update by a gradient of norm {norm}; start "
+                f"again from the last checkpoint, with another version of DeepSpeed or under DDP"
+            )
         if applied:
             self._iterate_spectral()
         return Update(norm, applied, culprit)

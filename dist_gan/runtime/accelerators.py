@@ -1,0 +1,62 @@
+"""The Accelerators that wrap the players: one for both without DeepSpeed, one for each with it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
+
+from dist_gan.config import RuntimeSection
+from dist_gan.runtime.launched import Launch
+
+
+def make_accelerators(
+    section: RuntimeSection, launch: Launch, *, on_cpu: bool, timeout: timedelta
+) -> dict[str, Accelerator]:
+    """The Accelerator of each player, by the player's name.
+
+    Args:
+        section: how the machine is used.
+        launch: what the launcher asked for.
+        on_cpu: whether the processes train on CPUs.
+        timeout: longest wait of a collective.
+    """
+    if launch.zero_stage is not None:
+        return _for_deepspeed(launch.zero_stage, on_cpu=on_cpu, timeout=timeout)
+    handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
+    # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
+    both = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    return {"generator": both, "discriminator": both}
+
+
+def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:
+    hook = DDPCommunicationHookType.BF16 if section.compress == "bf16" else DDPCommunicationHookType.NO
+    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
+
+
+def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str, Accelerator]:
+    """An Accelerator for each player: accelerate keeps one DeepSpeed engine in each."""
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # has been read, and goes into the engines' settings
+    if on_cpu:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    plugins = {
+        name: DeepSpeedPlugin(
+            zero_stage=stage,
+            gradient_accumulation_steps=1,
+            gradient_clipping=0.0,
+            offload_optimizer_device="none",
+            offload_param_device="none",
+            zero3_init_flag=False,
+        )
+        for name in ("generator", "discriminator")
+    }
+    group = InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu else {}))
+    first = Accelerator(mixed_precision="no", deepspeed_plugins=plugins, kwargs_handlers=[group])
+    return {"generator": first, "discriminator": Accelerator()}

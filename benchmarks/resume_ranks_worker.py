@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -115,8 +114,6 @@ def cases(shards: str, *, world_size: int, strategy: str) -> dict[str, Case]:
     }
     if strategy in ("single", "ddp"):  # DeepSpeed adds gradients in the order in which they arrive on each rank
         found["gradients in two orders"] = Case(lazy, own=True)
-    if strategy == "ddp":
-        found["bf16 on the way"] = Case(_changed(case(**both), runtime={"compress": "bf16"}))
     return found
 
 
@@ -225,10 +222,6 @@ def resumed(case: Case, runtime: Runtime, folder: Path) -> dict[int, Any]:
     return found
 
 
-def _hook(config: RunConfig) -> DDPCommunicationHookType:
-    return DDPCommunicationHookType.BF16 if config.runtime.compress == "bf16" else DDPCommunicationHookType.NO
-
-
 def _checkpointer(runtime: Runtime, folder: Path) -> Checkpointer:
     return Checkpointer(str(folder), runtime=runtime, section=CheckpointSection(), facts={})
 
@@ -253,9 +246,6 @@ def main() -> None:
             if runtime is None:
                 runtime = Runtime(case.config.runtime, launched)
             runtime.section = case.config.runtime
-            for accelerator in runtime._accelerators.values():  # one process group for all cases
-                if strategy == "ddp":
-                    accelerator.ddp_handler.comm_hook = _hook(case.config)
             runtime.launch = dataclasses.replace(launched, strategy=strategy)
             torch.manual_seed(0)
             folder = options.out / slug(f"{strategy}/{world_size}/{name}")

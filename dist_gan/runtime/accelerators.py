@@ -15,6 +15,7 @@ from accelerate.utils import (
 
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.launched import Launch
+from dist_gan.types import UserError
 
 
 def make_accelerators(
@@ -27,9 +28,16 @@ def make_accelerators(
         launch: what the launcher asked for.
         on_cpu: whether the processes train on CPUs.
         timeout: longest wait of a collective.
+
+    Raises:
+        UserError: gradients are to be compressed, which DDP does on GPUs only.
     """
     if launch.zero_stage is not None:
         return _for_deepspeed(launch.zero_stage, on_cpu=on_cpu, timeout=timeout)
+    if section.compress != "none" and on_cpu and launch.strategy == "ddp":
+        raise UserError(
+            f"runtime.compress: {section.compress!r} is for gradients on GPUs, and these processes train on CPUs; leave it out"
+        )
     handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
     # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
     both = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)

@@ -71,7 +71,7 @@ class Trainee:
 def main(shards: str, out: Path) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     configs = [
-        one_case(shards, world_size=world_size, precision="fp32", batch=32, **{"loss": "nonsaturating"} | case)
+        one_case(shards, world_size=world_size, precision="fp32", batch=24, **{"loss": "nonsaturating"} | case)
         for case in CASES
     ]
     runtime = Runtime(configs[0].runtime, read_launch(configs[0], os.environ, gpus=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -14,6 +15,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_gan.types import TrainingFailed
 
+_TO_CHECK = (
+    "check that all machines reach each other on every port (firewall), and over the right network interface "
+    "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO prints what was chosen): docs/launching.md, Several machines"
+)
 FIRST_REDUCTION_S = 120
 """Longest wait for the first sum: the processes have met by then, and only connections are left to be made."""
 
@@ -22,6 +27,9 @@ def join(*, on_cpu: bool, timeout: timedelta) -> None:
     """Makes the training group, as accelerate would, but apart from what an earlier attempt has left in the store.
 
     Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
+
+    Raises:
+        TrainingFailed: the network that the processes are to talk over is not there; says what to look at.
     """
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -31,7 +39,18 @@ def join(*, on_cpu: bool, timeout: timedelta) -> None:
     # gloo's processes then connect to those they talk to. By default each connects to all others in each of three groups,
     # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError):
+        raise  # of the store: some process did not come
+    except RuntimeError as error:
+        raise TrainingFailed(f"the processes cannot be connected ({_in_short(error)}); {_TO_CHECK}") from error
+
+
+def _in_short(error: RuntimeError) -> str:
+    """The first line of what a library in C++ says, without the place in its source."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^]]*\]\s*(\S+ [!=]= \S+\.\s*)?", "", lines[0])
 
 
 def first_reduction(
@@ -62,7 +81,7 @@ def first_reduction(
                 dist.all_reduce(number, group=group)
                 total = float(number)
             except RuntimeError as error:
-                failed.append(f"over {name} failed ({str(error).strip().splitlines()[0]})")
+                failed.append(f"over {name} failed ({_in_short(error)})")
                 return
             if total != world_size:
                 failed.append(f"over {name} gave {total:g}")
@@ -76,8 +95,4 @@ def first_reduction(
         return
     waiting = next(name for name in places if name not in done)
     what = failed[0] if failed else f"over {waiting} did not come back within {timeout_s:g} s"
-    raise TrainingFailed(
-        f"the {world_size} processes have met, but adding one number {what}; check that all machines reach each other on "
-        f"every port (firewall), and over the right network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; "
-        f"NCCL_DEBUG=INFO prints what was chosen): docs/launching.md, Several machines"
-    )
+    raise TrainingFailed(f"the {world_size} processes have met, but adding one number {what}; {_TO_CHECK}")

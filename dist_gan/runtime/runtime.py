@@ -83,7 +83,7 @@ class Runtime:
     def _reduce_once(self) -> None:
         cpu = torch.device("cpu")
         places = {
-            "the processes' devices" if self.device != cpu else "the processes": (dist.group.WORLD, self.device),
+            "the processes" if self.device.type == "cpu" else "the GPUs": (dist.group.WORLD, self.device),
             "the control group": (self._control, cpu),
             "the checkpoints' group": (self._writer, cpu),
         }

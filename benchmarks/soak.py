@@ -29,16 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(run: Path, options: argparse.Namespace) -> list[str]:
-    """The same command each time."""
+    """The same command each time; the batch is the smallest from 32 on that divides among the processes."""
+    batch = -(-32 // options.processes) * options.processes
     start = [sys.executable]
     if options.processes > 1:
         start += ["-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml"]
         start += ["--num_processes", str(options.processes), "--main_process_port", "0"]
     return [
         *start, "train.py", "configs/dcgan-cifar10.yaml", f"data.url={options.data}", f"run.dir={run}",
-        f"run.images={options.images}", "run.batch=32", f"networks.resolution={options.resolution}", "networks.g_width=4",
-        "networks.d_width=4", "networks.latent_dim=8", "log.samples=4", "log.every=320", "checkpoint.every=160",
-        "runtime.threads=1", "recovery.max_restarts=1000",
+        f"run.images={options.images}", f"run.batch={batch}", f"networks.resolution={options.resolution}", "networks.g_width=4",
+        "networks.d_width=4", "networks.latent_dim=8", "log.samples=4",
+        f"log.every={10 * batch}", f"checkpoint.every={5 * batch}", "runtime.threads=1", "recovery.max_restarts=1000",
     ]  # fmt: skip
 
 

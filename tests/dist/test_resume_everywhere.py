@@ -32,5 +32,5 @@ def test_new_processes_on_three_and_four_ranks_go_on_bitwise(
     assert [row["case"] for row in rows] == cases
     for row in rows:
         assert row["tensors"] > 50
-        assert row["different_after_stop"] == {"2": 0, "4": 0}, row
+        assert row["different_after_stop"] == dict.fromkeys(["2", "4"] if strategy == "ddp" else ["2"], 0), row
         assert (row["different_logs"], row["different_keys"]) == (0, 0), row

@@ -13,7 +13,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, KeysView
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -50,19 +50,18 @@ class Record:
         if not isinstance(values, dict):
             raise Damaged(f"{place} is damaged: it holds {_shown(values)} where a JSON object is needed{remedy}")
         self.values: dict[str, Any] = values
-        self._place, self._remedy, self._path = place, remedy, ""
+        self.place, self.remedy, self._path = place, remedy, ""
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def keys(self) -> KeysView[str]:
-        """Names of the values."""
-        return self.values.keys()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
 
     def problem(self, key: str, needed: str) -> Damaged:
         """The error that a value is not as needed."""
         found = _shown(self.values[key]) if key in self.values else "missing"
-        return Damaged(f"{self._place} is damaged: {self._path}{key} is {found}, not {needed}{self._remedy}")
+        return Damaged(f"{self.place} is damaged: {self._path}{key} is {found}, not {needed}{self.remedy}")
 
     def whole(self, key: str, *, low: int = 0, high: int = LARGEST) -> int:
         """A whole number from `low` to `high`."""
@@ -103,7 +102,7 @@ class Record:
         """A JSON object inside this one."""
         if not isinstance(self.values.get(key), dict):
             raise self.problem(key, "a JSON object")
-        inner = Record(self.values[key], place=self._place, remedy=self._remedy)
+        inner = Record(self.values[key], place=self.place, remedy=self.remedy)
         inner._path = f"{self._path}{key if key.isprintable() else repr(key)}."
         return inner
 

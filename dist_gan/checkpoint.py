@@ -12,7 +12,8 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from dist_gan import checkpoint_format as form
 from dist_gan import checkpoint_manifest, retention, storage
 from dist_gan.checkpoint_format import Found
 from dist_gan.config import CheckpointSection
+from dist_gan.config_reader import differences, read_written
 from dist_gan.runtime import Comparison, Runtime
 from dist_gan.tensorfile import FileBuffer
 from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
@@ -62,13 +64,23 @@ class Checkpointer:
         runtime: the ranks.
         section: how many are kept.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
+        logs: local files that have to be on the disk when a checkpoint is committed, as far as they are written.
     """
 
-    def __init__(self, folder: str, *, runtime: Runtime, section: CheckpointSection, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        runtime: Runtime,
+        section: CheckpointSection,
+        facts: Mapping[str, Any],
+        logs: Sequence[Path] = (),
+    ) -> None:
         self.folder = folder
         self._runtime = runtime
         self._section = section
         self._facts = dict(facts)
+        self._logs = tuple(logs)
         self._serial: int | None = None
         self._buffer: FileBuffer | None = None
         self._thread: threading.Thread | None = None
@@ -222,6 +234,8 @@ class Checkpointer:
             "values": json.loads(job.values),
         }
         data = json.dumps(manifest, indent=1).encode()
+        for log in self._logs:  # here, where no training waits for it
+            storage.sync_file(log)
         storage.publish(storage.join(job.url, "manifest.json"), data)
         storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
@@ -305,19 +319,12 @@ class Checkpointer:
             )
         return result
 
-    def manifest(self, url: str) -> dict[str, Any]:
-        """The manifest of a checkpoint, on every rank alike.
-
-        Raises:
-            UserError: it is damaged or not committed.
-        """
-        return dict(self._on_main(lambda: form.read_manifest(url)))
-
     def load(self, url: str, parts: Mapping[str, Stateful]) -> dict[str, Any]:
         """Puts a checkpoint back into the parts; returns its manifest. Parts that are left out stay as they are.
 
         Raises:
-            UserError: on every rank, if any found it damaged or not committed, or if it is of other networks.
+            UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
+            TrainingFailed: on every rank, if the store does not answer.
         """
         problem: dict[str, str] = {}
         manifest: dict[str, Any] = {}
@@ -333,6 +340,7 @@ class Checkpointer:
                 raise UserError(found["mistake"])
             if "failure" in found:
                 raise TrainingFailed(found["failure"])
+        self._refuse_other_settings(url, manifest)
         lacking = parts.keys() - manifest["values"].keys()
         if lacking:
             raise UserError(
@@ -345,9 +353,25 @@ class Checkpointer:
                 state.load_values(manifest["values"][part])
             except UserError:
                 raise
-            except (ValueError, RuntimeError) as error:
+            except ValueError as error:
                 raise UserError(f"{storage.redact(url)} does not fit this run: {error}") from error
         return manifest
+
+    def _refuse_other_settings(self, url: str, manifest: Mapping[str, Any]) -> None:
+        """Raises where a checkpoint was written with settings that a resumed run has to keep, or says nothing of them."""
+        mine, theirs = self._facts.get("config"), manifest.get("config")
+        if mine is None or mine == theirs:
+            return
+        place = storage.redact(url)
+        if theirs is None:
+            raise UserError(f"{place} is damaged: its manifest.json has no settings{form.ANOTHER}")
+        before, _ = read_written(theirs, place=f"the settings in {place}/manifest.json")
+        changed = differences(before, read_written(mine, place="the settings of this run")[0])
+        if changed:
+            raise UserError(
+                f"{place} belongs to a run with other settings ({'; '.join(changed)}); start with the settings of that run, "
+                f"or take its weights alone: run.init_from={place} in another run.dir"
+            )
 
 
 class _Digest:

@@ -278,6 +278,11 @@ def listed(folder: str) -> list[tuple[int, str]]:
     return [(serial, name) for serial, _, name in sorted(found)]
 
 
+def is_name(url: str) -> bool:
+    """Whether the last part of a URL is a checkpoint's name."""
+    return _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
+
+
 def serial_of(url: str) -> int:
     """Serial of a checkpoint by its name: names are compared by it, for as text 10000 comes before 9999.
 

@@ -13,7 +13,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -168,6 +168,18 @@ def size(url: str) -> int:
         return facts.st_size
 
 
+def names_in(url: str, wanted: Collection[str]) -> set[str]:
+    """Which of the names are in a folder; an absent folder has none.
+
+    Raises:
+        Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    with reading(url):
+        if storage.scheme_of(url) in ("http", "https"):  # where a folder may have no listing
+            return {name for name in wanted if storage.exists(storage.join(url, name))}
+        return set(wanted) & set(storage.list_names(url))
+
+
 def read(url: str, start: int | None = None, end: int | None = None, *, limit: int = LIMIT) -> bytes:
     """Bytes [start, end) of a file, all of it by default, if it has no more than `limit`.
 
@@ -250,6 +262,22 @@ def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
     except FileNotFoundError:
         return Lines([], 0)
     return Lines(found, odd)
+
+
+def last_line(url: str) -> Record | None:
+    """The last sound line of a log, looked for in its end; None where there is none.
+
+    Raises:
+        Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    place = storage.redact(url)
+    try:
+        end = size(url)
+        data = read(url, max(0, end - LINE_LIMIT), end) if end else b""
+    except FileNotFoundError:
+        return None
+    found = (sound_line(line, place=place) for line in reversed(data.splitlines()))
+    return next((record for record in found if record is not None), None)
 
 
 def open_log(path: Path) -> IO[str]:

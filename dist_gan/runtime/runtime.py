@@ -31,7 +31,7 @@ from dist_gan.runtime.fingerprint import Comparison
 from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
-from dist_gan.types import Network, Networks, TrainingFailed
+from dist_gan.types import Network, Networks, TrainingFailed, UserError
 from dist_gan.wording import safe
 
 COLLECTIVES_LATER_S = 30
@@ -71,7 +71,8 @@ class Runtime:
         self.world_size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        assert self.world_size == launched, f"{launched} processes were launched, {self.world_size} found each other"
+        if self.world_size != launched:
+            raise UserError(f"WORLD_SIZE: {launched} processes were launched, {self.world_size} found each other")
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._control = self._writer = None
         self._heartbeat: Heartbeat | None = None
@@ -189,7 +190,8 @@ class Runtime:
 
     def slots(self, batch: int) -> Tensor:
         """This rank's places in the global batch: every world_size-th, so that a rank keeps its lanes."""
-        assert batch % self.world_size == 0
+        if batch % self.world_size:
+            raise UserError(f"run.batch: {batch} images do not divide over {self.world_size} processes")
         return torch.arange(self.rank, batch, self.world_size)
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_gan.runtime.player import Player, TorchPlayer, Update, set_rates
+from dist_gan.types import TrainingFailed
 
 _HELD = -1
 """No layer's number: DeepSpeed frees no weight that some layer is said to be using."""
@@ -140,7 +141,10 @@ class PartitionedPlayer(Player):
         culprit = None if applied else self._first_not_finite()
         set_rates(self._zero, lr=lr, beta2=beta2)
         self._engine.step()  # leaves the weights alone where the norm is not finite, and clears the gradients
-        assert bool(self._zero.overflow) != applied, f"DeepSpeed and we disagree about a gradient of norm {norm}"
+        if bool(self._zero.overflow) == applied:
+            raise TrainingFailed(
+                f"DeepSpeed and dist_gan disagree about a gradient of norm {norm}; is its version supported?"
+            )
         if applied:
             self._iterate_spectral()
         return Update(norm, applied, culprit)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_gan import checkpoint_format, records, storage
+from dist_gan import checkpoint_format, records, retention, storage
 from dist_gan.checkpoint import Checkpointer
 from dist_gan.checkpoint_format import Found
 from dist_gan.config import RunConfig
@@ -46,6 +46,8 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
         manifest = checkpointer.load(wanted, state.parts())
         return Resumed(wanted, _unknown_settings(manifest), False)
     intent = checkpointer.intended_rollback()
+    if intent is not None:
+        retention.check_complete(intent, checkpointer.folder)
     found = checkpointer.newest()
     if found.url is None:
         notes = _warm_start(config.run.init_from, state) if config.run.init_from else ()

@@ -19,6 +19,7 @@ from dist_gan.types import UserError
 
 INTENT = "rollback.json"
 """Beside the checkpoints while a rollback is under way: what a restart has to finish."""
+_RESTORE = "; a rollback was under way: restore the file, or delete it to go on from the newest checkpoint"
 
 
 def retire(folder: str, newest: str, section: CheckpointSection) -> None:
@@ -83,18 +84,25 @@ def intended_rollback(folder: str) -> dict[str, Any] | None:
         UserError: what is written of it is damaged. Going on without would revive what was abandoned.
         TrainingFailed: the store does not answer.
     """
-    place = storage.join(folder, INTENT)
-    remedy = "; a rollback was under way: restore the file, or delete it to go on from the newest checkpoint"
     try:
-        intent = records.load(place, remedy=remedy)
-        form.serial_of(intent.text("target"))
+        intent = records.load(storage.join(folder, INTENT), remedy=_RESTORE)
+        if "/" in intent.text("target") or not form.is_name(intent.text("target")):
+            raise intent.problem("target", "a checkpoint's name")
         _check(intent)
     except FileNotFoundError:
         return None
     except Damaged as error:
         text = str(error)
-        raise UserError(text if remedy in text else text + remedy) from error
+        raise UserError(text if _RESTORE in text else text + _RESTORE) from error
     return intent.values
+
+
+def check_complete(intent: dict[str, Any], folder: str) -> None:
+    """Raises Damaged unless a note of a rollback holds all that the rollback needs."""
+    record = Record(intent, place=storage.redact(storage.join(folder, INTENT)), remedy=_RESTORE)
+    checkpoint_manifest.check_recovery(record.record("recovery"))
+    checkpoint_manifest.check_stream(record.record("stream"))
+    record.number("seconds", low=0)
 
 
 def _check(intent: Record) -> None:

@@ -82,7 +82,7 @@ class _StreamState:
 
     def load_values(self, values: dict[str, Any]) -> None:
         check_stream(Record(values, place="the place in the data"))
-        self._stream.load_values(values)
+        self._stream.load_values({"damaged": []} | values)  # which the first checkpoints did not have
 
     def table(self) -> dict[str, TensorFacts]:
         return {}

@@ -287,7 +287,7 @@ class Checkpointer:
         return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
 
     def _on_main(self, look: Callable[[], Any]) -> Any:
-        """What rank 0 finds, in JSON, on every rank; so is what it raises."""
+        """The JSON value that rank 0 finds, on every rank; an exception of rank 0 is raised on every rank, too."""
         found: dict[str, Any] = {}
         if self._runtime.is_main:
             try:

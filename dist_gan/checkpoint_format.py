@@ -53,17 +53,17 @@ class Entry(NamedTuple):
 
     @property
     def is_committed(self) -> bool:
-        """Whether its last file has been written, or that cannot be told."""
+        """True if its last file has been written, or that cannot be told."""
         return COMMIT in self.marks or self.problem is not None
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether a rollback went back behind it."""
+        """True if a rollback went back behind it."""
         return ABANDONED in self.marks
 
     @property
     def is_healthy(self) -> bool:
-        """Whether training went on well from it."""
+        """True if training went on well from it."""
         return HEALTHY in self.marks
 
 
@@ -279,7 +279,7 @@ def listed(folder: str) -> list[tuple[int, str]]:
 
 
 def is_name(url: str) -> bool:
-    """Whether the last part of a URL is a checkpoint's name."""
+    """True if the last part of a URL is a checkpoint's name."""
     return _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
 
 

@@ -190,7 +190,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _note(notes: Sequence[str]) -> None:
-    """What was passed over on the way, beside what was asked for."""
+    """Sentences beside what was asked for: damaged checkpoints that were passed over."""
     for note in notes:
         _say(f"dist-gan: {note}")
 

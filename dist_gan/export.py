@@ -40,7 +40,7 @@ class Averaged(NamedTuple):
     class_names: tuple[str, ...] | None
     """Name of each class; None where there are none, or where they were not recorded."""
     notes: tuple[str, ...]
-    """What whoever asked for it should know: damaged checkpoints that were passed over."""
+    """Sentences for whoever asked for it: damaged checkpoints that were passed over, unknown settings."""
 
 
 def newest_checkpoint(url: str) -> Found:

@@ -26,7 +26,7 @@ LIMIT = 2**26
 LINE_LIMIT = 2**20
 """Bytes of a line of a log."""
 LARGEST = 2**63 - 1
-"""Of a whole number, where nothing smaller is said."""
+"""Bound of whole numbers where no smaller one is given."""
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -108,7 +108,7 @@ class Record:
 
 
 class Lines(NamedTuple):
-    """What a log holds."""
+    """Contents of a log."""
 
     records: list[Record]
     """The sound lines, in order."""
@@ -169,7 +169,7 @@ def size(url: str) -> int:
 
 
 def names_in(url: str, wanted: Collection[str]) -> set[str]:
-    """Which of the names are in a folder; an absent folder has none.
+    """Those of the names that are in a folder; an absent folder has none.
 
     Raises:
         Damaged, TrainingFailed, UserError: as `reading` has it.

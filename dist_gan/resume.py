@@ -21,7 +21,7 @@ KEPT_IN_ROLLBACK = ("stream", "recovery")
 """What a rollback does not take back: the draws go on, and the budget is spent."""
 
 _LEAST_SHARE = 0.5
-"""Of the weights of a player, counted in numbers; more than that has to fit for a start from other weights."""
+"""Share of the weights of a player, counted in numbers; more than it has to fit for a start from other weights."""
 
 
 class Resumed(NamedTuple):

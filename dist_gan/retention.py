@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and the marks that a rollback leaves beside them. Rank 0 alone.
+"""Retention of checkpoints, and the marks that a rollback leaves beside them. Rank 0 alone.
 
 Checkpoints are compared by serial, never by name: as text 10000 comes before 9999.
 """

@@ -49,7 +49,7 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
 
 
 class Place(NamedTuple):
-    """What a file says of a tensor in it."""
+    """Entry of a tensor in the header of a file."""
 
     facts: TensorFacts
     start: int

@@ -97,10 +97,10 @@ def test_a_disk_that_gives_eio_damages_one_checkpoint_and_a_store_that_is_silent
     found = saved(folder, runtime, 10, 20)
     fired.clear()
     break_off(function, ConnectionError("no answer"))
-    with pytest.raises(TrainingFailed, match="has not answered"):
+    with pytest.raises(TrainingFailed, match="cannot read"):
         found.newest()
     if place != "folder":
-        with pytest.raises(TrainingFailed, match="has not answered"):
+        with pytest.raises(TrainingFailed, match="cannot read"):
             found.load(f"{folder}/{SECOND}", {"part": Part()})
     assert fired
     monkeypatch.undo()

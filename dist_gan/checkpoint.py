@@ -12,22 +12,21 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from dist_gan import checkpoint_format as form
-from dist_gan import storage
+from dist_gan import checkpoint_manifest, retention, storage
 from dist_gan.checkpoint_format import Found
 from dist_gan.config import CheckpointSection
+from dist_gan.config_reader import differences, read_written
 from dist_gan.runtime import Comparison, Runtime
 from dist_gan.tensorfile import FileBuffer
 from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
 from dist_gan.wording import safe
-
-INTENT = "rollback.json"
-"""Beside the checkpoints while a rollback is under way: what a restart has to finish."""
 
 
 class Written(NamedTuple):
@@ -65,13 +64,23 @@ class Checkpointer:
         runtime: the ranks.
         section: how many are kept.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
+        logs: local files that have to be on the disk when a checkpoint is committed, as far as they are written.
     """
 
-    def __init__(self, folder: str, *, runtime: Runtime, section: CheckpointSection, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        runtime: Runtime,
+        section: CheckpointSection,
+        facts: Mapping[str, Any],
+        logs: Sequence[Path] = (),
+    ) -> None:
         self.folder = folder
         self._runtime = runtime
         self._section = section
         self._facts = dict(facts)
+        self._logs = tuple(logs)
         self._serial: int | None = None
         self._buffer: FileBuffer | None = None
         self._thread: threading.Thread | None = None
@@ -111,7 +120,10 @@ class Checkpointer:
                 given += 1
                 if whole in share:
                     self._buffer.put(whole, tensor)
-        assert given == len(table), f"the parts gave {given} tensors and announced {len(table)}"
+        if given != len(table):
+            raise TrainingFailed(
+                f"a checkpoint cannot be written: {given} tensors came, and {len(table)} were announced"
+            )
         job = _Job(
             url=url,
             images=images,
@@ -216,9 +228,9 @@ class Checkpointer:
 
     def _commit(self, job: _Job, files: list[Any]) -> None:
         manifest = {
-            "format": form.FORMAT,
-            "version": form.VERSION,
-            "serial": int(job.url.rsplit("/", 1)[-1].split("-")[1]),
+            "format": checkpoint_manifest.FORMAT,
+            "version": checkpoint_manifest.VERSION,
+            "serial": form.serial_of(job.url),
             "images": job.images,
             "world_size": self._runtime.world_size,
             "strategy": self._runtime.launch.strategy,
@@ -231,6 +243,8 @@ class Checkpointer:
             "values": json.loads(job.values),
         }
         data = json.dumps(manifest, indent=1).encode()
+        for log in self._logs:  # here, where no training waits for it
+            storage.sync_file(log)
         storage.publish(storage.join(job.url, "manifest.json"), data)
         storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
@@ -243,48 +257,7 @@ class Checkpointer:
             print(safe(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})"), flush=True)
 
     def _retire(self, newest: str) -> None:
-        """Deletes what nobody asked to keep, once the newest is known to be whole; a failure to delete is no failure."""
-        if form.verify(newest):
-            return
-        entries = [storage.join(self.folder, name) for _, name in form.listed(self.folder)]
-        marks = {url: storage.list_names(url) for url in entries}
-        committed = [u for u in entries if form.COMMIT in marks[u]]
-        alive = [u for u in committed if form.ABANDONED not in marks[u]]
-        kept = set(alive[-self._section.keep :]) | {newest}
-        kept |= set([u for u in alive if form.HEALTHY in marks[u]][-1:])
-        kept |= self._kept_for_good(alive)
-        for url in entries:
-            if url in kept or (url not in committed and url > newest):
-                continue
-            try:
-                storage.remove(storage.join(url, form.COMMIT))
-                storage.remove_folder(url)
-            except OSError:
-                continue  # without COMMIT it is no checkpoint, and the next retention tries again
-
-    def _kept_for_good(self, urls: list[str]) -> set[str]:
-        """One at every `keep_every` images, and the best by `keep_best`."""
-        section, found = self._section, set()
-        if section.keep_every:
-            last = -1
-            for url in urls:
-                images = int(url.rsplit("-", 1)[-1])
-                if images // section.keep_every > last:
-                    found.add(url)
-                    last = images // section.keep_every
-        if section.keep_best:
-            name, sign = section.keep_best.removeprefix("-"), -1.0 if section.keep_best.startswith("-") else 1.0
-            values = {}
-            for url in urls:
-                try:
-                    scalars = form.read_manifest(url).get("scalars", {})
-                except UserError:
-                    continue
-                if name in scalars:
-                    values[url] = sign * scalars[name]
-            if values:
-                found.add(min(values, key=lambda u: values[u]))
-        return found
+        retention.retire(self.folder, newest, self._section)
 
     # -- marks ----------------------------------------------------------------------------------------------------
 
@@ -295,45 +268,58 @@ class Checkpointer:
 
     def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
         """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
-        value = {"target": target.rsplit("/", 1)[-1], **intent}
-        storage.publish(storage.join(self.folder, INTENT), json.dumps(value).encode())
+        retention.intend_rollback(self.folder, target, intent)
 
     def abandon_after(self, target: str) -> None:
         """Marks every checkpoint newer than `target`. Rank 0 alone."""
-        name = target.rsplit("/", 1)[-1]
-        for _, other in form.listed(self.folder):
-            if other > name:
-                storage.publish(storage.join(self.folder, other, form.ABANDONED), b"")
+        retention.abandon_after(self.folder, target)
 
     def intended_rollback(self) -> dict[str, Any] | None:
-        """The rollback that a killed process has left unfinished, on every rank alike."""
-        found = None
-        if self._runtime.is_main and storage.exists(storage.join(self.folder, INTENT)):
-            found = json.loads(storage.read(storage.join(self.folder, INTENT)))
-        value: dict[str, Any] | None = self._runtime.share_json(found)
+        """The rollback that a killed process has left unfinished, on every rank alike.
+
+        Raises:
+            UserError: what is written of it is damaged.
+        """
+        value: dict[str, Any] | None = self._on_main(lambda: retention.intended_rollback(self.folder))
         return value
 
     def end_rollback(self) -> None:
         """Says that the rollback's own checkpoint has been committed. Rank 0 alone."""
-        storage.remove(storage.join(self.folder, INTENT))
+        retention.end_rollback(self.folder)
 
     # -- loading --------------------------------------------------------------------------------------------------
 
     def _next_url(self, images: int) -> str:
         if self._serial is None:
-            serials = [serial for serial, _ in form.listed(self.folder)] if self._runtime.is_main else []
-            self._serial = int(self._runtime.share_json(max(serials, default=0)))
+            self._serial = self._on_main(lambda: max((serial for serial, _ in form.listed(self.folder)), default=0))
         self._serial += 1
         return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
 
-    def newest(self, *, healthy: bool = False) -> Found:
-        """The newest committed checkpoint that is undamaged, on every rank alike.
+    def _on_main(self, look: Callable[[], Any]) -> Any:
+        """The JSON value that rank 0 finds, on every rank; an exception of rank 0 is raised on every rank, too."""
+        found: dict[str, Any] = {}
+        if self._runtime.is_main:
+            try:
+                found = {"found": look()}
+            except UserError as error:
+                found = {"mistake": str(error)}
+            except TrainingFailed as error:
+                found = {"failure": str(error)}
+        found = self._runtime.share_json(found)
+        if "mistake" in found:
+            raise UserError(found["mistake"])
+        if "failure" in found:
+            raise TrainingFailed(found["failure"])
+        return found["found"]
+
+    def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
+        """The newest committed checkpoint that is undamaged, on every rank alike; arguments as of the format's `newest`.
 
         Raises:
             UserError: there are committed checkpoints and all of them are damaged.
+            TrainingFailed: the store does not answer.
         """
-        found = form.newest(self.folder, healthy=healthy)._asdict() if self._runtime.is_main else None
-        found = self._runtime.share_json(found)
+        found = self._on_main(lambda: form.newest(self.folder, healthy=healthy, before=before)._asdict())
         result = Found(found["url"], tuple(found["damaged"]))
         if result.url is None and result.damaged and not healthy:
             raise UserError(
@@ -346,18 +332,24 @@ class Checkpointer:
         """Puts a checkpoint back into the parts; returns its manifest. Parts that are left out stay as they are.
 
         Raises:
-            UserError: on every rank, if any found it damaged or not committed, or if it is of other networks.
+            UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
+            TrainingFailed: on every rank, if the store does not answer.
         """
-        problem: str | None = None
+        problem: dict[str, str] = {}
         manifest: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         try:
             manifest, tensors = form.read(url)
         except UserError as error:
-            problem = str(error)
-        for text in self._runtime.gather_json(problem):
-            if text is not None:
-                raise UserError(text)
+            problem = {"mistake": str(error)}
+        except TrainingFailed as error:
+            problem = {"failure": str(error)}
+        for found in self._runtime.gather_json(problem):
+            if "mistake" in found:
+                raise UserError(found["mistake"])
+            if "failure" in found:
+                raise TrainingFailed(found["failure"])
+        self._refuse_other_settings(url, manifest)
         lacking = parts.keys() - manifest["values"].keys()
         if lacking:
             raise UserError(
@@ -367,10 +359,28 @@ class Checkpointer:
             prefix = f"{part}/"
             try:
                 state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                state.load_values(manifest["values"][part])
+            except UserError:
+                raise
             except ValueError as error:
                 raise UserError(f"{storage.redact(url)} does not fit this run: {error}") from error
-            state.load_values(manifest["values"][part])
         return manifest
+
+    def _refuse_other_settings(self, url: str, manifest: Mapping[str, Any]) -> None:
+        """Raises where a checkpoint was written with settings that a resumed run has to keep, or says nothing of them."""
+        mine, theirs = self._facts.get("config"), manifest.get("config")
+        if mine is None or mine == theirs:
+            return
+        place = storage.redact(url)
+        if theirs is None:
+            raise UserError(f"{place} is damaged: its manifest.json has no settings{form.ANOTHER}")
+        before, _ = read_written(theirs, place=f"the settings in {place}/manifest.json")
+        changed = differences(before, read_written(mine, place="the settings of this run")[0])
+        if changed:
+            raise UserError(
+                f"{place} belongs to a run with other settings ({'; '.join(changed)}); start with the settings of that run, "
+                f"or take its weights alone: run.init_from={place} in another run.dir"
+            )
 
 
 class _Digest:

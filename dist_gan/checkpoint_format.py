@@ -13,23 +13,23 @@ A folder without COMMIT, or whose COMMIT does not fit, is not a checkpoint. docs
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dist_gan import storage, tensorfile
-from dist_gan.types import UserError
+from dist_gan import records, storage, tensorfile
+from dist_gan.checkpoint_manifest import FORMAT, VERSION, check
+from dist_gan.records import Damaged, Record
+from dist_gan.types import TensorFacts, TrainingFailed, UserError
 
-FORMAT = "dist_gan.checkpoint"
-VERSION = 1
 COMMIT, HEALTHY, ABANDONED = "COMMIT", "HEALTHY", "ABANDONED"
+ANOTHER = "; take another checkpoint"
+"""Remedy where one is damaged."""
 _PART = 2**24
 """Bytes of a file that are held at a time while it is verified."""
-_FILE = re.compile(r"data-\d{5,}-of-\d{5,}\.safetensors")
-_NAME = re.compile(r"checkpoint-(\d{4,})-(\d{12,})")
+_NAME = re.compile(r"checkpoint-([0-9]{4,18})-([0-9]{12,18})")
 
 
 class Found(NamedTuple):
@@ -40,29 +40,106 @@ class Found(NamedTuple):
     """Newer ones that were passed over: file and reason."""
 
 
-def newest(folder: str, *, healthy: bool = False) -> Found:
+class Entry(NamedTuple):
+    """A checkpoint's folder, as far as its name and the names in it tell."""
+
+    url: str
+    serial: int
+    images: int
+    marks: frozenset[str]
+    """Names in the folder."""
+    problem: str | None
+    """Why the folder itself cannot be read."""
+
+    @property
+    def is_committed(self) -> bool:
+        """True if its last file has been written, or that cannot be told."""
+        return COMMIT in self.marks or self.problem is not None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """True if a rollback went back behind it."""
+        return ABANDONED in self.marks
+
+    @property
+    def is_healthy(self) -> bool:
+        """True if training went on well from it."""
+        return HEALTHY in self.marks
+
+
+class Commit(NamedTuple):
+    """A checkpoint that was committed, whether or not it is whole by now."""
+
+    url: str
+    images: int
+
+
+def entries(folder: str) -> Iterator[Entry]:
+    """The checkpoints in a folder by serial, the newest first, committed or not.
+
+    Raises:
+        Damaged: the folder itself cannot be read.
+        TrainingFailed: the store does not answer.
+    """
+    for serial, name in reversed(listed(folder)):
+        url, marks, problem = storage.join(folder, name), frozenset[str](), None
+        try:
+            with records.reading(url):
+                marks = frozenset(storage.list_names(url))
+        except Damaged as error:
+            problem = str(error)
+        yield Entry(url, serial, images_of(url), marks, problem)
+
+
+def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> Found:
     """The newest committed checkpoint whose every file is as the manifest says, and what was wrong with newer ones.
 
     Those that a rollback has abandoned are passed over without a word; with `healthy`, those not marked so, too.
+
+    Args:
+        folder: URL of the folder that holds the checkpoints.
+        healthy: only those from which training went on well.
+        before: only those with a lower serial.
+
+    Raises:
+        TrainingFailed: the store does not answer, which says nothing of what is in it.
     """
     damaged: list[str] = []
-    for _, name in reversed(listed(folder)):
-        url = storage.join(folder, name)
-        marks = storage.list_names(url)
-        if COMMIT not in marks or ABANDONED in marks or (healthy and HEALTHY not in marks):
+    for entry in entries(folder):
+        if before is not None and entry.serial >= before:
             continue
-        problems = verify(url)
+        if not entry.is_committed or entry.is_abandoned or (healthy and not entry.is_healthy and not entry.problem):
+            continue
+        problems = [entry.problem] if entry.problem else verify(entry.url)
         if not problems:
-            return Found(url, tuple(damaged))
+            return Found(entry.url, tuple(damaged))
         damaged.append(problems[0])
     return Found(None, tuple(damaged))
 
 
+def newest_commit(folder: str) -> Commit | None:
+    """The newest checkpoint that was committed and not abandoned, by its name and marks alone: nothing of it is read.
+
+    For who says how a run ended and has no time to compare hashes. None where there is none, or the folder cannot be
+    read.
+    """
+    try:
+        return next(
+            (Commit(e.url, e.images) for e in entries(folder) if COMMIT in e.marks and not e.is_abandoned), None
+        )
+    except (OSError, UserError, TrainingFailed):
+        return None
+
+
 def verify(url: str) -> list[str]:
-    """Everything that is wrong with a checkpoint; empty if it is whole."""
+    """Everything that is wrong with a checkpoint; empty if it is whole.
+
+    Raises:
+        TrainingFailed: the store does not answer.
+    """
     try:
         manifest = read_manifest(url)
-    except UserError as error:
+    except Damaged as error:
         return [str(error)]
     problems = []
     for name, facts in manifest["files"].items():
@@ -70,70 +147,79 @@ def verify(url: str) -> list[str]:
         try:
             head, size, digest = _digest(storage.join(url, name), place)
             _compare(size, digest, facts, place)
-            tensorfile.check_head(head, size=size, name=place)
-        except (UserError, ValueError) as error:
+            _compare_header(head, size, manifest, name, place)
+        except Damaged as error:
             problems.append(str(error))
     return problems
 
 
 def read_manifest(url: str) -> dict[str, Any]:
-    """The manifest of a committed checkpoint.
+    """The manifest of a committed checkpoint, every value of the type and in the range that the format gives it.
 
     Raises:
-        UserError: there is none, COMMIT is not its hash, or another version wrote it.
+        Damaged: there is none, COMMIT is not its hash, another version wrote it, or something in it cannot be.
+        TrainingFailed: the store does not answer.
     """
     place = storage.redact(url)
     try:
-        data = storage.read(storage.join(url, "manifest.json"))
-        commit = storage.read(storage.join(url, COMMIT))
+        data = records.read(storage.join(url, "manifest.json"))
+        commit = records.read(storage.join(url, COMMIT), limit=2**10)
     except FileNotFoundError as error:
-        raise UserError(f"{place} is no committed checkpoint: {error.filename or error} is missing") from error
+        raise Damaged(f"{place} is no committed checkpoint: {error.filename or error} is missing") from error
     if commit.strip() != hashlib.sha256(data).hexdigest().encode():
-        raise UserError(f"{place} is damaged: COMMIT is not the hash of manifest.json; take another checkpoint")
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{place} is damaged: manifest.json is no JSON ({error}); take another checkpoint") from error
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        kind = manifest.get("format"), manifest.get("version") if isinstance(manifest, dict) else None
-        raise UserError(
-            f"{place} is of format {kind[0]!r} version {kind[1]!r}, and this program reads {FORMAT} version {VERSION}; "
-            f"resume it with the program that wrote it"
+        raise Damaged(f"{place} is damaged: COMMIT is not the hash of manifest.json{ANOTHER}")
+    name = f"{place}/manifest.json"
+    manifest = Record(records.parse(data, place=name), place=name, remedy=ANOTHER)
+    kind = manifest.values.get("format"), manifest.values.get("version")
+    if kind != (FORMAT, VERSION):
+        raise Damaged(
+            f"{place} is of format {kind[0]!r:.80} version {kind[1]!r:.80}, and this program reads {FORMAT} version "
+            f"{VERSION}; resume it with the program that wrote it"
         )
-    strange = [n for n in manifest.get("files", ()) if not _FILE.fullmatch(n)]
-    if strange:
-        raise UserError(f"{place} is damaged: manifest.json names a file {strange[0]!r}; take another checkpoint")
-    missing = {"files", "tensors", "values", "serial", "images"} - manifest.keys()
-    if missing:
-        raise UserError(
-            f"{place} is damaged: manifest.json lacks {', '.join(sorted(missing))}; take another checkpoint"
-        )
-    return manifest
+    check(manifest)
+    return manifest.values
 
 
 def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Manifest and tensors of a checkpoint, on the CPU; `prefix` reads only the files that hold such names.
 
     Raises:
-        UserError: it is damaged or not committed.
+        Damaged: it is damaged or not committed.
+        TrainingFailed: the store does not answer.
     """
     manifest = read_manifest(url)
     wanted = {e["file"] for name, e in manifest["tensors"].items() if name.startswith(prefix)}
     tensors: dict[str, Tensor] = {}
     for name in sorted(wanted):
+        place = f"{storage.redact(url)}/{name}"
+        data = _checked_file(url, name, manifest["files"][name], place)
+        _compare_header(data, len(data), manifest, name, place)
         try:
-            tensors |= tensorfile.from_bytes(_checked_file(url, name, manifest["files"][name]), name=name)
+            tensors |= tensorfile.from_bytes(data, name=name)
         except ValueError as error:
-            raise UserError(f"{storage.redact(url)} is damaged: {error}; take another checkpoint") from error
+            raise Damaged(f"{storage.redact(url)} is damaged: {error}{ANOTHER}") from error
     return manifest, {name: t for name, t in sorted(tensors.items()) if name.startswith(prefix)}
 
 
-def _checked_file(url: str, name: str, facts: Mapping[str, Any]) -> bytes:
-    place = f"{storage.redact(url)}/{name}"
+def announced(manifest: Mapping[str, Any], *, prefix: str) -> dict[str, TensorFacts]:
+    """Shape and dtype of the tensors whose names begin with `prefix`, without it, as a manifest has them."""
+    return {
+        name.removeprefix(prefix): _facts(entry)
+        for name, entry in manifest["tensors"].items()
+        if name.startswith(prefix)
+    }
+
+
+def _facts(entry: Mapping[str, Any]) -> TensorFacts:
+    return TensorFacts(tuple(entry["shape"]), tensorfile.DTYPES[entry["dtype"]])
+
+
+def _checked_file(url: str, name: str, facts: Mapping[str, Any], place: str) -> bytes:
     try:
-        data = storage.read(storage.join(url, name))
+        _compare_size(records.size(storage.join(url, name)), facts, place)
+        data = records.read(storage.join(url, name), limit=facts["bytes"])
     except FileNotFoundError as error:
-        raise UserError(f"{place} is missing; take another checkpoint") from error
+        raise Damaged(f"{place} is missing{ANOTHER}") from error
     _compare(len(data), hashlib.sha256(data).hexdigest(), facts, place)
     return data
 
@@ -142,24 +228,77 @@ def _digest(url: str, place: str) -> tuple[bytes, int, str]:
     """First bytes, size and sha256 of a file that need not fit into memory."""
     digest, size, head = hashlib.sha256(), 0, b""
     try:
-        end = storage.size(url)
-        while size < end and (part := storage.read(url, size, min(end, size + _PART))):
+        end = records.size(url)
+        while size < end and (part := records.read(url, size, min(end, size + _PART))):
             head = head or part
             digest.update(part)
             size += len(part)
     except FileNotFoundError as error:
-        raise UserError(f"{place} is missing; take another checkpoint") from error
+        raise Damaged(f"{place} is missing{ANOTHER}") from error
     return head, size, digest.hexdigest()
 
 
 def _compare(size: int, digest: str, facts: Mapping[str, Any], place: str) -> None:
-    if size != facts["bytes"]:
-        raise UserError(f"{place} is damaged: {size:,} bytes instead of {facts['bytes']:,}; take another checkpoint")
+    _compare_size(size, facts, place)
     if digest != facts["sha256"]:
-        raise UserError(f"{place} is damaged: its bytes do not have the hash in the manifest; take another checkpoint")
+        raise Damaged(f"{place} is damaged: its bytes do not have the hash in the manifest{ANOTHER}")
+
+
+def _compare_size(size: int, facts: Mapping[str, Any], place: str) -> None:
+    if size != facts["bytes"]:
+        raise Damaged(f"{place} is damaged: {size:,} bytes instead of {facts['bytes']:,}{ANOTHER}")
+
+
+def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: str, place: str) -> None:
+    """Raises unless a file announces the tensors that the manifest says are in it."""
+    try:
+        found = tensorfile.read_header(head, size=size, name=place)
+    except ValueError as error:
+        raise Damaged(f"{error}{ANOTHER}") from error
+    expected = {
+        name: tensorfile.Place(_facts(entry), *entry["offsets"])
+        for name, entry in manifest["tensors"].items()
+        if entry["file"] == file
+    }
+    if found != expected:
+        strange = sorted({name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)})
+        raise Damaged(f"{place} is damaged: its {strange[0]!r:.200} is not what the manifest says{ANOTHER}")
 
 
 def listed(folder: str) -> list[tuple[int, str]]:
-    """Serials and names of all checkpoint folders, committed or not, oldest first."""
-    found = [(int(m[1]), name) for name in storage.list_names(folder) if (m := _NAME.fullmatch(name))]
-    return sorted(found)
+    """Serials and names of all checkpoint folders, committed or not, oldest first.
+
+    Raises:
+        Damaged: the folder cannot be read.
+        TrainingFailed: the store does not answer.
+    """
+    with records.reading(folder):
+        names = storage.list_names(folder)
+    found = [(int(m[1]), int(m[2]), name) for name in names if (m := _NAME.fullmatch(name))]
+    return [(serial, name) for serial, _, name in sorted(found)]
+
+
+def is_name(url: str) -> bool:
+    """True if the last part of a URL is a checkpoint's name."""
+    return _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
+
+
+def serial_of(url: str) -> int:
+    """Serial of a checkpoint by its name: names are compared by it, for as text 10000 comes before 9999.
+
+    Raises:
+        Damaged: it is no checkpoint's name.
+    """
+    return int(_match(url)[1])
+
+
+def images_of(url: str) -> int:
+    """Images seen at a checkpoint by its name. Raises Damaged as `serial_of`."""
+    return int(_match(url)[2])
+
+
+def _match(url: str) -> re.Match[str]:
+    match = _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1])
+    if match is None:
+        raise Damaged(f"{storage.redact(url)} has no checkpoint's name")
+    return match

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("dest", help="a .png for a grid, else a folder for single PNGs")
     sample.add_argument("--count", type=int, default=64, help="pictures")
     sample.add_argument("--seed", type=int, default=0, help="other pictures")
-    sample.add_argument("--label", type=int, default=None, help="class of all pictures")
+    sample.add_argument("--label", default=None, help="class of all pictures, by number or by name")
     sample.add_argument(
         "--interpolate", type=int, default=0, metavar="STEPS", help="rows that walk from latent to latent"
     )
@@ -113,30 +113,63 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dist_gan import checkpoint_format
+    from dist_gan import checkpoint_format, records
     from dist_gan.data.indexing import verify
-    from dist_gan.export import newest_checkpoint
 
-    storage.check_url(options.url, place="URL")
-    if storage.exists(storage.join(options.url, "checkpoints")) or storage.exists(storage.join(options.url, "COMMIT")):
-        place = newest_checkpoint(options.url)
-        problems = checkpoint_format.verify(place)
-        subject = place
+    url = storage.check_url(options.url, place="URL")
+    names = records.names_in(url, ("checkpoints", "COMMIT", "ABANDONED"))
+    if "checkpoints" in names:
+        return _verify_run(url)
+    if "COMMIT" in names:
+        problems = checkpoint_format.verify(url)
+        if "ABANDONED" in names:
+            _show(f"{storage.redact(url)}: abandoned, a rollback went back behind it")
+    elif checkpoint_format.is_name(url):
+        problems = [f"{storage.redact(url)}: was never committed, so it is no checkpoint"]
     else:
-        problems = verify(options.url, decode=not options.no_decode)
-        subject = storage.redact(options.url)
+        problems = verify(url, decode=not options.no_decode)
+    return _verdict(url, problems)
+
+
+def _verify_run(url: str) -> int:
+    """Every checkpoint of a run: what is wrong with the committed ones, and which are none."""
+    from dist_gan import checkpoint_format
+
+    problems: list[str] = []
+    committed = 0
+    for entry in checkpoint_format.entries(storage.join(url, "checkpoints")):
+        place = storage.redact(entry.url)
+        if not entry.is_committed:
+            _show(f"{place}: never committed, so it is no checkpoint; the next one that is written clears it away")
+        elif entry.is_abandoned:
+            _show(f"{place}: abandoned, a rollback went back behind it")
+        else:
+            committed += 1
+            found = [entry.problem] if entry.problem else checkpoint_format.verify(entry.url)
+            problems += found
+            _show(f"{place}: {f'{len(found)} problems' if found else 'whole'}{', healthy' if entry.is_healthy else ''}")
+    if not committed:
+        raise UserError(f"{storage.redact(url)}: no committed checkpoint here; give a run folder or a checkpoint")
+    return _verdict(url, problems)
+
+
+def _verdict(url: str, problems: Sequence[str]) -> int:
     for problem in problems:
         _show(problem)
-    _show(f"{subject}: {f'{len(problems)} problems' if problems else 'everything is as it should be'}")
+    _show(f"{storage.redact(url)}: {f'{len(problems)} problems' if problems else 'everything is as it should be'}")
     return 3 if problems else 0
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from dist_gan.sampling import write_samples
+    from dist_gan.export import open_generator
+    from dist_gan.sampling import check_destination, write_samples
 
     storage.check_url(options.url, place="URL")
+    check_destination(options.dest)
+    source = open_generator(options.url)
+    _note(source.notes)
     for line in write_samples(
-        options.url,
+        source,
         options.dest,
         count=options.count,
         seed=options.seed,
@@ -151,23 +184,31 @@ def _export(options: argparse.Namespace) -> int:
     from dist_gan.export import export_generator
 
     storage.check_url(options.url, place="URL")
-    export_generator(options.url, options.dest)
+    _note(export_generator(options.url, options.dest).notes)
     _show(f"{options.dest}: dist_gan.load_generator({options.dest!r}) gives the generator")
     return 0
 
 
+def _note(notes: Sequence[str]) -> None:
+    """Sentences beside what was asked for: damaged checkpoints that were passed over."""
+    for note in notes:
+        _say(f"dist-gan: {note}")
+
+
 def _inspect(options: argparse.Namespace) -> int:
-    from dist_gan import checkpoint_format
+    from dist_gan import checkpoint_format, records
     from dist_gan.data.manifest import read_manifest
 
     url = storage.check_url(options.url, place="URL")
-    names = set(storage.list_names(url))
+    kinds = ("COMMIT", "checkpoints", "config.yaml", "config.json", "model.safetensors", "manifest.json")
+    names = records.names_in(url, kinds)
     if "COMMIT" in names:
         _describe_checkpoint(checkpoint_format.read_manifest(url))
     elif "config.yaml" in names or "checkpoints" in names:
         _describe_run(url)
     elif "model.safetensors" in names and "config.json" in names:
-        _show(*storage.read(storage.join(url, "config.json")).decode(errors="replace").strip().splitlines())
+        content = records.load(storage.join(url, "config.json"), limit=2**20).values
+        _show(*json.dumps(content, indent=1).splitlines())
     elif "manifest.json" in names:
         _describe_shards(url, read_manifest(url))
     else:
@@ -193,30 +234,36 @@ def _describe_shards(url: str, manifest: Any) -> None:
 
 def _describe_checkpoint(manifest: dict[str, Any]) -> None:
     size = sum(f["bytes"] for f in manifest["files"].values())
-    _show(f"checkpoint {manifest['serial']}: {manifest['images']:,} images, attempt {manifest['attempt']}")
+    by = {name: manifest.get(name, "unknown") for name in ("attempt", "world_size", "dist_gan", "torch")}
+    _show(f"checkpoint {manifest['serial']}: {manifest['images']:,} images, attempt {by['attempt']}")
     _show(f"  {len(manifest['tensors'])} tensors in {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
-    _show(f"  written by {manifest['world_size']} ranks, dist_gan {manifest['dist_gan']}, torch {manifest['torch']}")
-    _show(f"  progress {json.dumps(manifest['values']['progress'])}")
+    _show(f"  written by {by['world_size']} ranks, dist_gan {by['dist_gan']}, torch {by['torch']}")
+    _show(f"  progress {json.dumps(manifest['values'].get('progress'))}")
 
 
 def _describe_run(url: str) -> None:
-    from dist_gan import checkpoint_format
+    from dist_gan import checkpoint_format, records
 
-    outcome = storage.join(url, "outcome.json")
-    if storage.exists(outcome):
-        facts = json.loads(storage.read(outcome))
-        outcome_line = f"outcome: {facts['outcome']} (code {facts['code']}) {facts['reason']}".rstrip()
-        _show(*report(outcome_line).split("\n"))
-    else:
+    try:
+        facts = records.load(storage.join(url, "outcome.json"), limit=2**20)
+        reason = facts.text("reason", longest=2**16)
+        line = f"outcome: {facts.text('outcome')} (code {facts.whole('code')}) {reason}".rstrip()
+        _show(*report(line).split("\n"))
+    except FileNotFoundError:
         _show("outcome: none yet; the run lives, or was killed")
-    metrics = storage.join(url, "metrics.jsonl")
-    if storage.exists(metrics) and (lines := storage.read(metrics).decode().strip().splitlines()):
-        _show(f"last line of metrics: {lines[-1]}")
-    for _, name in checkpoint_format.listed(storage.join(url, "checkpoints")):
-        place = storage.join(url, "checkpoints", name)
-        committed = storage.exists(storage.join(place, "COMMIT"))
-        _show(f"{place}{'' if committed else ' (never committed)'}")
+    except records.Damaged as error:
+        _show(f"outcome: unknown; {error}")
+    try:
+        if (last := records.last_line(storage.join(url, "metrics.jsonl"))) is not None:
+            _show(f"last line of metrics: {json.dumps(last.values)}")
+    except records.Damaged as error:
+        _show(f"last line of metrics: unknown; {error}")
+    for entry in checkpoint_format.entries(storage.join(url, "checkpoints")):
+        state = "never committed" if not entry.is_committed else "abandoned" if entry.is_abandoned else ""
+        _show(f"{storage.redact(entry.url)}{f' ({entry.problem or state})' if entry.problem or state else ''}")
     found = checkpoint_format.newest(storage.join(url, "checkpoints"))
+    for text in found.damaged:
+        _show(f"passed over a damaged checkpoint: {text}")
     if found.url is not None:
         _describe_checkpoint(checkpoint_format.read_manifest(found.url))
 

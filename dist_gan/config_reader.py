@@ -214,12 +214,15 @@ def _drop(raw: dict[str, Any], place: list[str]) -> None:
         _drop(raw, place[:-1])
 
 
+_UNKNOWN_KEY = "unknown key"
+
+
 def _sentence(item: Any, place: list[str]) -> str:
     value = item["input"]
     shown = f"{value!r}" if not isinstance(value, Mapping) else "this section"
     match item["type"]:
         case "extra_forbidden":
-            return f"unknown key (value {shown}); {_ELSEWHERE.get(place[-1]) or _known_keys(place)}"
+            return f"{_UNKNOWN_KEY} (value {shown}); {_ELSEWHERE.get(place[-1]) or _known_keys(place)}"
         case "missing":
             return "is missing; it has no default, so give it a value"
         case "union_tag_invalid":
@@ -419,6 +422,45 @@ def config_hash(config: RunConfig) -> str:
     """Short name of the settings that decide what is learned; those a resumed run may change are left out."""
     text = json.dumps(_learning_settings(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_written(text: str, *, place: str, needed: str = "") -> tuple[RunConfig, list[str]]:
+    """The settings that some version of the program has written with `to_yaml`, and those that this one does not know.
+
+    A setting that an older version did not have gets its default. So does one that this version refuses, if a resumed
+    run may change it or it is not needed.
+
+    Args:
+        text: YAML.
+        place: where it stands, for the error.
+        needed: the one section that matters; all by default.
+
+    Raises:
+        UserError: it is no such configuration.
+    """
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, which the program never writes")
+        raw = _plain(yaml.load(text, Loader=_StrictLoader))
+        if not isinstance(raw, dict):
+            raise TypeError(f"it is a {type(raw).__name__}, not sections")
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise UserError(f"{place} is no configuration ({' '.join(str(error).split())[:200]})") from error
+    config, mistakes = _validate(raw)
+    unknown = [name for name, text in mistakes if text.startswith(f"{name}: {_UNKNOWN_KEY}")]
+    for name, text in mistakes:
+        is_free = any(_overlap(name, free) for free in _RESUMABLE_CHANGES)
+        if name not in unknown and not is_free and (not needed or _overlap(name, needed)):
+            raise UserError(f"{place} is no configuration of this version ({text})")
+    return config, sorted(unknown)
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

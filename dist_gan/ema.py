@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_gan.types import TensorFacts, facts_of
+from dist_gan.types import TensorFacts, check_table, facts_of
 
 
 class GeneratorEMA:
@@ -48,7 +48,8 @@ class GeneratorEMA:
         return iter(self.module.state_dict().items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Takes back what `tensors` gave. Raises ValueError where names or shapes are not this network's."""
+        check_table("the averaged generator", tensors, self.table())
         self.module.load_state_dict(tensors)
 
     def values(self) -> dict[str, Any]:
@@ -56,5 +57,6 @@ class GeneratorEMA:
         return {}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Nothing but tensors is kept."""
-        assert not values
+        """Nothing but tensors is kept. Raises ValueError if there are values."""
+        if values:
+            raise ValueError(f"the averaged generator: no values were kept, and {sorted(values)[:5]} are there")

@@ -1,67 +1,114 @@
-"""A generator that needs nothing of the run it came from: `model.safetensors` and `config.json` in a folder."""
+"""A generator that needs nothing of the run it came from: `model.safetensors` and `config.json` in a folder.
+
+What lies in such a folder, or in a checkpoint, may come from anybody. Networks are therefore built without memory first
+(torch's meta device), and their shapes compared with those that the file announces; only then is room made.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import re
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import yaml
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
 
-from dist_gan import checkpoint_format, storage, tensorfile
-from dist_gan.config import NetworksSection, RunConfig
-from dist_gan.models import build_generator
-from dist_gan.types import UserError
+from dist_gan import checkpoint_format, records, storage, tensorfile
+from dist_gan.checkpoint_format import ABANDONED, COMMIT, Found
+from dist_gan.config import NetworksSection
+from dist_gan.config_reader import read_written
+from dist_gan.models import AnyNetworks, build_generator
+from dist_gan.records import Record
+from dist_gan.types import TensorFacts, UserError, check_table
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+FORMAT, VERSION = "dist_gan.generator", 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FILE_NAME = re.compile(r"[^.].*\.(?!v\d+$)([A-Za-z][A-Za-z0-9]{0,11}|7z|3gp)")
+"""A name with an extension; not `run-0.5` or `generator.v2`."""
 
 
-def newest_checkpoint(url: str) -> str:
-    """The checkpoint itself, or the newest undamaged one of a run folder.
+class Averaged(NamedTuple):
+    """An averaged generator, in evaluation mode, on the CPU, and what is known of it."""
+
+    module: nn.Module
+    section: AnyNetworks
+    images: int
+    """Images that its run had seen."""
+    class_names: tuple[str, ...] | None
+    """Name of each class; None where there are none, or where they were not recorded."""
+    notes: tuple[str, ...]
+    """Sentences for whoever asked for it: damaged checkpoints that were passed over, unknown settings."""
+
+
+def newest_checkpoint(url: str) -> Found:
+    """The checkpoint itself, or the newest undamaged one of a run folder, and what is to be said of newer ones.
 
     Raises:
         UserError: there is none.
+        TrainingFailed: the store does not answer.
     """
-    if storage.exists(storage.join(url, "manifest.json")):
-        return url
+    names = records.names_in(url, ("manifest.json", COMMIT, ABANDONED))
+    if names - {ABANDONED}:
+        note = f"{storage.redact(url)} is abandoned: a rollback went back behind it"
+        return Found(url, (note,) if ABANDONED in names else ())
     found = checkpoint_format.newest(storage.join(url, "checkpoints"))
     if found.url is None:
         damaged = f" ({'; '.join(found.damaged)})" if found.damaged else ""
         raise UserError(
             f"{storage.redact(url)}: no committed checkpoint here{damaged}; give a run folder or a checkpoint"
         )
-    return found.url
+    return Found(found.url, tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged))
 
 
-def generator_of(url: str) -> tuple[nn.Module, Any, int]:
-    """The averaged generator of a run folder or checkpoint, its networks section, and the images seen."""
-    place = newest_checkpoint(url)
-    manifest, tensors = checkpoint_format.read(place, prefix="ema/")
-    config = RunConfig.model_validate(yaml.safe_load(manifest["config"]))
-    generator = build_generator(config.networks)
-    _load(generator, {n.removeprefix("ema/"): t for n, t in tensors.items()}, place=place)
-    return generator, config.networks, int(manifest["images"])
-
-
-def export_generator(url: str, dest: str) -> None:
-    """Writes the averaged generator of a run folder or checkpoint into a new folder.
+def open_generator(url: str) -> Averaged:
+    """The averaged generator of a run folder, a checkpoint or an exported generator.
 
     Raises:
-        UserError: there is no checkpoint, or the destination holds files already.
+        UserError: there is none, or it is damaged.
+        TrainingFailed: the store does not answer.
     """
+    if records.names_in(url, (CONFIG,)):
+        return _exported(url)
+    found = newest_checkpoint(url)
+    place = str(found.url)
+    manifest = checkpoint_format.read_manifest(place)
+    where = f"the settings in {storage.redact(place)}/manifest.json"
+    if "config" not in manifest:
+        raise UserError(f"{where} are missing; take another checkpoint")
+    config, unknown = read_written(manifest["config"], place=where, needed="networks")
+    class_names = _fitting(manifest.get("classes"), config.networks)
+    module = _room(config.networks, checkpoint_format.announced(manifest, prefix="ema/"), place=place)
+    _, tensors = checkpoint_format.read(place, prefix="ema/")
+    _fill(module, {name.removeprefix("ema/"): tensor for name, tensor in tensors.items()})
+    notes = [f"{where}: this version does not know {name}" for name in unknown if name.startswith("networks.")]
+    return Averaged(module, config.networks, manifest["images"], class_names, (*found.damaged, *notes))
+
+
+def export_generator(url: str, dest: str) -> Averaged:
+    """Writes the averaged generator of a run folder or checkpoint into a new folder, and returns it.
+
+    Raises:
+        UserError: there is no checkpoint, or the destination holds files already or has the name of a file.
+        TrainingFailed: the destination cannot be written.
+    """
+    refuse_file_name(dest, offered="a new folder, into which model.safetensors and config.json are written")
     if storage.list_names(dest):
         raise UserError(f"{storage.redact(dest)}: is not empty; give a new folder")
-    generator, section, images = generator_of(url)
+    found = open_generator(url)
     storage.make_folder(dest)
-    storage.publish(storage.join(dest, "model.safetensors"), tensorfile.to_bytes(dict(generator.state_dict())))
+    storage.publish(storage.join(dest, WEIGHTS), tensorfile.to_bytes(dict(found.module.state_dict())))
     facts = {
-        "format": "dist_gan.generator",
-        "version": 1,
-        "images": images,
-        "networks": section.model_dump(mode="json"),
+        "format": FORMAT,
+        "version": VERSION,
+        "images": found.images,
+        "networks": found.section.model_dump(mode="json"),
+        "classes": found.class_names,
     }
-    storage.publish(storage.join(dest, "config.json"), (json.dumps(facts, indent=1) + "\n").encode())
+    storage.publish(storage.join(dest, CONFIG), (json.dumps(facts, indent=1) + "\n").encode())
+    return found
 
 
 def load_generator(url: str) -> nn.Module:
@@ -70,42 +117,108 @@ def load_generator(url: str) -> nn.Module:
     Its `latent_dim` says how many standard normal numbers a latent has; labels only if it was trained with classes.
 
     Raises:
-        UserError: the folder holds no exported generator.
+        UserError: the folder holds no exported generator, or its files are damaged.
+        TrainingFailed: the store does not answer.
     """
-    generator = build_generator(section_of(url))
-    try:
-        data = storage.read(storage.join(url, "model.safetensors"))
-        tensors = tensorfile.from_bytes(data, name="model.safetensors")
-    except (FileNotFoundError, ValueError) as error:
+    found = _exported(url)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found.module
+
+
+def refuse_file_name(dest: str, *, offered: str) -> None:
+    """Raises where a destination looks like a file of a kind that is not written; a `/` at its end says folder."""
+    name = dest.rsplit("/", 1)[-1]
+    local = storage.local_path(dest)
+    if _FILE_NAME.fullmatch(name) and not (local is not None and local.is_dir()):
+        kind = name.rsplit(".", 1)[-1]
         raise UserError(
-            f"{storage.redact(url)}: the weights cannot be read ({error}); export the generator again"
-        ) from error
-    _load(generator, tensors, place=url)
-    return generator
+            f"{storage.redact(dest)}: files of the kind .{kind} are not written; give {offered}, with a / at its end if "
+            f"its name has to be like this"
+        )
 
 
-def section_of(url: str) -> Any:
-    """The networks section of an exported generator.
-
-    Raises:
-        UserError: the folder holds no exported generator.
-    """
-    place = storage.redact(url)
+def _exported(url: str) -> Averaged:
+    place, file = storage.redact(url), storage.join(url, WEIGHTS)
+    remedy = "; export the generator again"
     try:
-        facts = json.loads(storage.read(storage.join(url, "config.json")))
-        if not isinstance(facts, dict) or facts.get("format") != "dist_gan.generator":
-            raise UserError(f"{place}: config.json is not that of an exported generator")
-        return TypeAdapter(NetworksSection).validate_python(facts["networks"])
+        facts = records.load(storage.join(url, CONFIG), remedy=remedy, limit=2**20)
     except FileNotFoundError as error:
         raise UserError(f"{place}: holds no exported generator; make one with `dist-gan export RUN DEST`") from error
-    except (ValidationError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{place}: config.json cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def _load(generator: nn.Module, tensors: dict[str, Tensor], *, place: str) -> None:
+    if facts.values.get("format") != FORMAT:
+        raise UserError(f"{place}: {CONFIG} is not that of an exported generator")
+    if facts.values.get("version") != VERSION:
+        raise UserError(
+            f"{place}: {CONFIG} is of version {facts.values.get('version')!r:.80}, and this program reads version "
+            f"{VERSION}{remedy}"
+        )
+    section, notes = _section_in(facts, place=place)
+    names = facts.texts("classes") if facts.values.get("classes") is not None else None
     try:
-        dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
-        generator.to(dtype).load_state_dict(tensors)
-    except (RuntimeError, StopIteration) as error:
-        raise UserError(f"{storage.redact(place)}: the weights do not fit the networks ({str(error)[:300]})") from error
-    generator.eval().requires_grad_(False)
+        size = records.size(file)
+        head = records.read(file, 0, tensorfile.header_bytes(records.read(file, 0, 8), size=size, name=WEIGHTS))
+        announced = {name: entry.facts for name, entry in tensorfile.read_header(head, size=size, name=WEIGHTS).items()}
+        module = _room(section, announced, place=url)
+        _fill(module, tensorfile.from_bytes(records.read(file, limit=size), name=WEIGHTS))
+    except UserError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{place}: the weights cannot be read ({error}){remedy}") from error
+    images = facts.whole("images") if "images" in facts else 0
+    return Averaged(module, section, images, _fitting(names, section), notes)
+
+
+def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, ...]]:
+    """The networks section of an export; keys that only another version knows are left out and named."""
+    values = dict(facts.record("networks").values)
+    try:
+        return TypeAdapter(NetworksSection).validate_python(values), ()
+    except ValidationError as error:
+        unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) <= 2]
+    notes = tuple(f"{place}: this version does not know the setting {name!r:.80} of the networks" for name in unknown)
+    try:
+        section: AnyNetworks = TypeAdapter(NetworksSection).validate_python(
+            {name: value for name, value in values.items() if name not in unknown}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{place}: {CONFIG} cannot be read (networks.{where}: {first['msg']})") from error
+    return section, notes
+
+
+def _fitting(names: list[str] | None, section: AnyNetworks) -> tuple[str, ...] | None:
+    """Names of the classes, if there are as many as classes."""
+    return tuple(names) if names is not None and len(names) == section.classes else None
+
+
+def _room(section: AnyNetworks, announced: Mapping[str, TensorFacts], *, place: str) -> nn.Module:
+    """A generator whose weights are room without values, made once its shapes are known to be those of the file.
+
+    Raises:
+        UserError: they are not.
+    """
+    problem: Exception | None = None
+    try:
+        if getattr(section, "depth", 0) > len(announced):  # even without memory a layer takes time to be made
+            raise ValueError(
+                f"{section.kind} of depth {getattr(section, 'depth', 0):,} has more tensors than are there"
+            )
+        with torch.device("meta"):
+            module = build_generator(section)
+        check_table(
+            "the generator",
+            announced,
+            {n: TensorFacts(tuple(t.shape), t.dtype) for n, t in module.state_dict().items()},
+        )
+        dtype = next((facts.dtype for facts in announced.values() if facts.dtype.is_floating_point), torch.float32)
+        return module.to(dtype).to_empty(device="cpu")
+    except (ValueError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
+        problem = error
+    text = " ".join(str(problem).split())[:300]
+    raise UserError(f"{storage.redact(place)}: the weights do not fit the networks ({text})") from problem
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    module.load_state_dict(tensors)
+    module.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, KeysView
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,7 +26,7 @@ LIMIT = 2**26
 LINE_LIMIT = 2**20
 """Bytes of a line of a log."""
 LARGEST = 2**63 - 1
-"""Of a whole number, where nothing smaller is said."""
+"""Bound of whole numbers where no smaller one is given."""
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -50,19 +50,18 @@ class Record:
         if not isinstance(values, dict):
             raise Damaged(f"{place} is damaged: it holds {_shown(values)} where a JSON object is needed{remedy}")
         self.values: dict[str, Any] = values
-        self._place, self._remedy, self._path = place, remedy, ""
+        self.place, self.remedy, self._path = place, remedy, ""
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def keys(self) -> KeysView[str]:
-        """Names of the values."""
-        return self.values.keys()
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
 
     def problem(self, key: str, needed: str) -> Damaged:
         """The error that a value is not as needed."""
         found = _shown(self.values[key]) if key in self.values else "missing"
-        return Damaged(f"{self._place} is damaged: {self._path}{key} is {found}, not {needed}{self._remedy}")
+        return Damaged(f"{self.place} is damaged: {self._path}{key} is {found}, not {needed}{self.remedy}")
 
     def whole(self, key: str, *, low: int = 0, high: int = LARGEST) -> int:
         """A whole number from `low` to `high`."""
@@ -103,13 +102,13 @@ class Record:
         """A JSON object inside this one."""
         if not isinstance(self.values.get(key), dict):
             raise self.problem(key, "a JSON object")
-        inner = Record(self.values[key], place=self._place, remedy=self._remedy)
+        inner = Record(self.values[key], place=self.place, remedy=self.remedy)
         inner._path = f"{self._path}{key if key.isprintable() else repr(key)}."
         return inner
 
 
 class Lines(NamedTuple):
-    """What a log holds."""
+    """Contents of a log."""
 
     records: list[Record]
     """The sound lines, in order."""
@@ -167,6 +166,18 @@ def size(url: str) -> int:
             kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
             raise Damaged(f"{storage.redact(url)} is damaged: it is {kind}")
         return facts.st_size
+
+
+def names_in(url: str, wanted: Collection[str]) -> set[str]:
+    """Those of the names that are in a folder; an absent folder has none.
+
+    Raises:
+        Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    with reading(url):
+        if storage.scheme_of(url) in ("http", "https"):  # where a folder may have no listing
+            return {name for name in wanted if storage.exists(storage.join(url, name))}
+        return set(wanted) & set(storage.list_names(url))
 
 
 def read(url: str, start: int | None = None, end: int | None = None, *, limit: int = LIMIT) -> bytes:
@@ -251,6 +262,22 @@ def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
     except FileNotFoundError:
         return Lines([], 0)
     return Lines(found, odd)
+
+
+def last_line(url: str) -> Record | None:
+    """The last sound line of a log, looked for in its end; None where there is none.
+
+    Raises:
+        Damaged, TrainingFailed, UserError: as `reading` has it.
+    """
+    place = storage.redact(url)
+    try:
+        end = size(url)
+        data = read(url, max(0, end - LINE_LIMIT), end) if end else b""
+    except FileNotFoundError:
+        return None
+    found = (sound_line(line, place=place) for line in reversed(data.splitlines()))
+    return next((record for record in found if record is not None), None)
 
 
 def open_log(path: Path) -> IO[str]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_gan import checkpoint_format, storage, tensorfile
+from dist_gan import checkpoint_format, records, retention, storage
 from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint_format import Found
 from dist_gan.config import RunConfig
-from dist_gan.export import newest_checkpoint
+from dist_gan.config_reader import read_written
+from dist_gan.export import CONFIG, newest_checkpoint, open_generator
 from dist_gan.state import TrainState
 from dist_gan.types import TrainingFailed, UserError
 
 KEPT_IN_ROLLBACK = ("stream", "recovery")
 """What a rollback does not take back: the draws go on, and the budget is spent."""
+
+_LEAST_SHARE = 0.5
+"""Share of the weights of a player, counted in numbers; more than it has to fit for a start from other weights."""
 
 
 class Resumed(NamedTuple):
@@ -38,8 +44,10 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     wanted = config.run.resume
     if wanted not in ("auto", "never"):
         manifest = checkpointer.load(wanted, state.parts())
-        return Resumed(wanted, _not_bitwise(manifest, checkpointer), False)
+        return Resumed(wanted, (*_unknown_settings(manifest), *_not_bitwise(manifest, checkpointer)), False)
     intent = checkpointer.intended_rollback()
+    if intent is not None:
+        retention.check_complete(intent, checkpointer.folder)
     found = checkpointer.newest()
     if found.url is None:
         notes = _warm_start(config.run.init_from, state) if config.run.init_from else ()
@@ -50,15 +58,36 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
             f"or run.resume=auto to go on from it"
         )
     manifest = checkpointer.load(found.url, state.parts())
-    notes = tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
-    notes += _not_bitwise(manifest, checkpointer)
+    notes = (*_passed_over(found), *_unknown_settings(manifest), *_not_bitwise(manifest, checkpointer))
     if intent is None:
         return Resumed(found.url, notes, False)
     if manifest["values"]["recovery"]["rollbacks"] >= intent["recovery"]["rollbacks"]:
         return Resumed(found.url, notes, True)  # only the note of it had not been removed
-    url = storage.join(checkpointer.folder, intent["target"])
-    _go_back(checkpointer, state, url, intent)
-    return Resumed(url, (*notes, "finished a rollback that was cut off"), True)
+    target = checkpointer.newest(healthy=True, before=checkpoint_format.serial_of(intent["target"]) + 1)
+    if target.url is None:
+        raise TrainingFailed(_no_way_back("a rollback was cut off", target))
+    _go_back(checkpointer, state, target.url, intent)
+    return Resumed(target.url, (*notes, *_passed_over(target), "finished a rollback that was cut off"), True)
+
+
+def _passed_over(found: Found) -> tuple[str, ...]:
+    return tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
+
+
+def _unknown_settings(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences about settings in a checkpoint that only another version of the program knows."""
+    _, unknown = (
+        read_written(manifest["config"], place="the checkpoint's configuration") if "config" in manifest else ((), [])
+    )
+    return tuple(f"the checkpoint has the setting {name}, which this version does not know" for name in unknown)
+
+
+def _no_way_back(reason: str, found: Found) -> str:
+    damaged = f" ({'; '.join(found.damaged)})" if found.damaged else ""
+    return (
+        f"{reason}; there is no healthy checkpoint to go back to{damaged}: lower the learning rate or raise the penalties, "
+        f"and start anew in another run.dir"
+    )
 
 
 def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[str, ...]:
@@ -87,12 +116,10 @@ def roll_back(checkpointer: Checkpointer, state: TrainState, *, reason: str) -> 
         TrainingFailed: there is no healthy checkpoint.
     """
     checkpointer.drain()
-    target = checkpointer.newest(healthy=True).url
-    if target is None:
-        raise TrainingFailed(
-            f"{reason}; there is no healthy checkpoint to go back to: lower the learning rate or raise the penalties, "
-            f"and start anew in another run.dir"
-        )
+    found = checkpointer.newest(healthy=True)
+    if found.url is None:
+        raise TrainingFailed(_no_way_back(reason, found))
+    target = found.url
     state.recovery.rolled_back()
     intent = {"recovery": state.recovery.values(), "stream": state.stream.values(), "seconds": state.progress.seconds}
     if checkpointer.is_writer:
@@ -116,57 +143,65 @@ def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
     """Takes the weights of another run or of an exported generator, as far as names and shapes fit; says what did.
 
     The averaged generator of the source becomes generator and average, so that training goes on from the samples that
-    were seen; the source's own generator is that of one moment.
+    were seen; the source's own generator is that of one moment. At least one player has to get the larger part of its
+    weights, counted in numbers: a bias or a last layer that happens to fit is no start.
 
     Raises:
-        UserError: there is nothing at the URL, or nothing of it fits.
+        UserError: there is nothing at the URL, or of neither player the larger part fits.
     """
-    source = _weights_at(url)
-    lines, fitted = [], 0
+    source, notes = _weights_at(url)
+    lines, shares, fitting = [], [], {}
     for player, prefix in ((state.generator, "generator/"), (state.discriminator, "discriminator/")):
         own = {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in player.full_tensors()
             if not name.startswith("optimizer/")
         }
-        taken, wrong = 0, []
-        for name in own:
+        taken, wrong, numbers = 0, [], {True: 0, False: 0}
+        for name, tensor in own.items():
             theirs = source.get(prefix + name.split("/", 1)[1])
+            fits = theirs is not None and theirs.shape == tensor.shape
+            if name.startswith("weights/"):
+                numbers[fits] += tensor.numel()
             if theirs is None:
                 wrong.append(f"{name.split('/', 1)[1]} is not there")
-            elif theirs.shape != own[name].shape:
-                wrong.append(f"{name.split('/', 1)[1]} is {tuple(theirs.shape)}, not {tuple(own[name].shape)}")
+            elif not fits:
+                wrong.append(f"{name.split('/', 1)[1]} is {tuple(theirs.shape)}, not {tuple(tensor.shape)}")
             else:
-                own[name] = theirs.to(own[name].dtype)
+                own[name] = theirs.to(tensor.dtype)
                 taken += 1
-        player.load_full_tensors(own)
-        if player is state.generator:
-            averaged = {name.split("/", 1)[1]: tensor for name, tensor in own.items()}
-            state.ema.load_tensors({name: averaged[name] for name in state.ema.table()})
-        fitted += taken
+        fitting[player.name] = own
+        shares.append(numbers[True] / max(1, sum(numbers.values())))
         detail = f" ({'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''})" if wrong else ""
-        lines.append(f"run.init_from: {player.name}: {taken} of {len(own)} tensors taken{detail}")
-    if fitted == 0:
-        raise UserError(f"run.init_from: no tensor of {storage.redact(url)} fits these networks; {lines[0]}")
-    return tuple(lines)
+        lines.append(
+            f"run.init_from: {player.name}: {taken} of {len(own)} tensors taken, {100 * shares[-1]:.0f}% of its "
+            f"weights{detail}"
+        )
+    if max(shares) <= _LEAST_SHARE:
+        raise UserError(
+            f"run.init_from: {storage.redact(url)} does not fit these networks: of neither player more than "
+            f"{100 * _LEAST_SHARE:.0f}% of the weights are there in their shape ({'; '.join(lines)}); choose the networks of "
+            f"that run, or leave run.init_from out"
+        )
+    for player in (state.generator, state.discriminator):
+        player.load_full_tensors(fitting[player.name])
+    averaged = {name.split("/", 1)[1]: tensor for name, tensor in fitting[state.generator.name].items()}
+    state.ema.load_tensors({name: averaged[name] for name in state.ema.table()})
+    return (*notes, *lines)
 
 
-def _weights_at(url: str) -> dict[str, Tensor]:
-    """Weights and buffers by player and name."""
-    if storage.exists(storage.join(url, "config.json")):
-        data = storage.read(storage.join(url, "model.safetensors"))
-        try:
-            tensors = tensorfile.from_bytes(data, name="model.safetensors")
-        except ValueError as error:
-            raise UserError(f"run.init_from: {storage.redact(url)}: {error}") from error
-        return {f"generator/{name}": tensor for name, tensor in tensors.items()}
+def _weights_at(url: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights and buffers by player and name, and what is to be said of the place."""
+    if records.names_in(url, (CONFIG,)):
+        exported = open_generator(url)
+        return {f"generator/{name}": t for name, t in exported.module.state_dict().items()}, exported.notes
     place = newest_checkpoint(url)
-    _, tensors = checkpoint_format.read(place)
+    _, tensors = checkpoint_format.read(str(place.url))
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "ema":
             found[f"generator/{rest}"] = tensor
         elif part == "discriminator" and not rest.startswith("optimizer/"):
-            found[f"discriminator/{rest.split('/', 1)[1]}"] = tensor
-    return found
+            found[f"discriminator/{rest.partition('/')[2]}"] = tensor
+    return found, tuple(f"run.init_from: {note}" for note in place.damaged)

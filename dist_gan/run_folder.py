@@ -11,11 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import yaml
-
-from dist_gan import records, storage
+from dist_gan import checkpoint_format, records, storage
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import differences, to_yaml
+from dist_gan.config_reader import differences, read_written, to_yaml
 from dist_gan.records import Damaged
 from dist_gan.types import UserError
 from dist_gan.wording import report
@@ -93,23 +91,27 @@ class RunFolder:
             raise UserError(f"run.dir: {self.path / odd[0]} is no {kind}; move it away, or choose another run.dir")
 
     def _refuse_other_settings(self, config: RunConfig) -> None:
-        kept = self.path / "config.yaml"
-        checkpoints = self.path / "checkpoints"
-        if not kept.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-            return  # nothing has been learned here yet that other settings could be mixed with
-        try:
-            before = RunConfig.model_validate(yaml.safe_load(records.read(str(kept), limit=2**20)))
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise UserError(
-                f"run.dir: {kept} is no configuration of this version ({str(error).splitlines()[0]}); "
-                f"choose another run.dir, or move that folder away"
-            ) from error
-        changed = differences(before, config)
+        """Compares with the settings in the newest manifest: `config.yaml` may be lost, or be of another start."""
+        before = self._settings_of_the_newest()
+        changed = differences(before, config) if before is not None else []
         if changed:
             raise UserError(
                 f"run.dir: {self.path} belongs to a run with other settings ({'; '.join(changed)}); "
-                f"choose another run.dir, or start with the settings in {kept}"
+                f"choose another run.dir, or start with the settings in {self.path / 'config.yaml'}"
             )
+
+    def _settings_of_the_newest(self) -> RunConfig | None:
+        """Settings in the newest manifest that can be read; None where nothing has been learned yet."""
+        for entry in checkpoint_format.entries(str(self.path / "checkpoints")):
+            if not entry.is_committed or entry.is_abandoned:
+                continue
+            try:
+                manifest = checkpoint_format.read_manifest(entry.url)
+            except Damaged:
+                continue  # is named when the run looks for where to go on from
+            if "config" in manifest:
+                return read_written(manifest["config"], place=f"run.dir: the settings in {entry.url}/manifest.json")[0]
+        return None
 
     def _next_attempt(self) -> int:
         counter, attempt = self.path / ATTEMPTS, 0

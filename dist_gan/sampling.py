@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,61 +12,100 @@ from dist_gan import images as pictures
 from dist_gan import storage
 from dist_gan.draws import Draws
 from dist_gan.evaluate import sample, to_pictures
-from dist_gan.export import generator_of, load_generator, section_of
+from dist_gan.export import Averaged, refuse_file_name
 from dist_gan.types import UserError
+
+_NAMES_SHOWN = 20
+OFFERED = "a name that ends in .png for a grid, or a folder for single PNGs"
+
+
+def check_destination(dest: str) -> None:
+    """Raises UserError where samples cannot be written under such a name: before a generator is looked for."""
+    if storage.local_path(dest) is None:
+        raise UserError(f"{storage.redact(dest)}: samples are written to a disk of this machine; give {OFFERED}")
+    if not dest.lower().endswith(".png"):
+        refuse_file_name(dest, offered=OFFERED)
+
+
+def class_of(label: str | int | None, source: Averaged) -> int | None:
+    """Number of a class that is given by number or by name; None for none.
+
+    Raises:
+        UserError: the generator knows no such class.
+    """
+    if label is None:
+        return None
+    classes, names = int(source.section.classes), source.class_names
+    if not classes:
+        raise UserError(f"--label: {label!r}, but the generator was trained without classes; leave it out")
+    if isinstance(label, int) or re.fullmatch(r"[0-9]{1,9}", label):
+        number = int(label)
+        if number >= classes or number < 0:
+            raise UserError(
+                f"--label: {number}, but the generator knows {classes} classes; give 0 to {classes - 1}{_named(names)}"
+            )
+        return number
+    if names is None:
+        raise UserError(
+            f"--label: {label!r}, but names of the classes were not recorded; give a number from 0 to {classes - 1}"
+        )
+    if label not in names:
+        raise UserError(f"--label: there is no class {label!r}; give 0 to {classes - 1}{_named(names)}")
+    return names.index(label)
+
+
+def _named(names: tuple[str, ...] | None) -> str:
+    if names is None:
+        return ""
+    return f" or a name: {', '.join(names[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''}"
 
 
 def write_samples(
-    url: str, dest: str, *, count: int, seed: int = 0, label: int | None = None, steps: int = 0
+    source: Averaged, dest: str, *, count: int, seed: int = 0, label: str | int | None = None, steps: int = 0
 ) -> Iterator[str]:
     """Writes a grid (`dest` ends in .png) or single PNGs (a folder); yields a line for each thing written.
 
     Args:
-        url: run folder, checkpoint, or exported generator.
+        source: the generator, as `export.open_generator` gives it.
         dest: file or folder.
         count: pictures; with `steps`, rows of them.
         seed: of the latents.
-        label: class of every picture; by default a conditional generator goes through its classes.
+        label: class of every picture, by number or name; by default a conditional generator goes through its classes.
         steps: pictures in each row of an interpolation between two latents, 0 for none.
 
     Raises:
-        UserError: there is no generator, or no such class.
+        UserError: there is no such class, or nothing can be written under such a name.
     """
+    check_destination(dest)
     if count < 1:
         raise UserError(f"--count: {count} is no number of pictures; give 1 or more")
-    if storage.exists(storage.join(url, "config.json")):
-        generator, section = load_generator(url), section_of(url)
-    else:
-        generator, section, _ = generator_of(url)
-        generator = generator.float()
-    classes = int(section.classes)
-    if label is not None and not 0 <= label < classes:
-        raise UserError(
-            f"--label: {label}, but the generator knows {classes} classes; give 0 to {classes - 1}"
-            if classes
-            else f"--label: {label}, but the generator was trained without classes; leave it out"
-        )
+    if steps < 0:
+        raise UserError(f"--interpolate: {steps} is no number of pictures; give 1 or more, or leave it out")
+    generator, classes = source.module.float(), int(source.section.classes)
+    number = class_of(label, source)
+    of_class = "" if number is None else f" of class {number}"
+    if number is not None and source.class_names is not None:
+        of_class += f" ({source.class_names[number]})"
     draws = Draws(seed)
     if steps:
-        images = _interpolated(generator, draws, rows=count, steps=steps, classes=classes, label=label)
+        images = _interpolated(generator, draws, rows=count, steps=steps, classes=classes, label=number)
         columns = steps
     else:
-        parts = sample(generator, draws, slots=torch.arange(count), classes=classes, label=label)
+        parts = sample(generator, draws, slots=torch.arange(count), classes=classes, label=number)
         images = to_pictures(torch.cat(list(parts)))
         columns = max(1, round(len(images) ** 0.5))
+    place = storage.local_path(dest) or Path(dest)
     try:
-        if dest.lower().endswith(".png"):
-            Path(dest).parent.mkdir(parents=True, exist_ok=True)
-            pictures.write_png(dest, pictures.grid(images, columns=columns))
-            yield f"{dest}: {len(images)} pictures"
-            return
-        folder = Path(dest)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            pictures.write_png(str(folder / f"sample-{number:06d}.png"), image)
-        yield f"{folder}: {len(images)} pictures"
+        if place.suffix.lower() == ".png":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pictures.write_png(str(place), pictures.grid(images, columns=columns))
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(images):
+                pictures.write_png(str(place / f"sample-{index:06d}.png"), image)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written: {storage.why(error)}") from error
+    yield f"{place}: {len(images)} pictures{of_class}"
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_gan.checkpoint_manifest import check_progress, check_stream
 from dist_gan.data import Stream
 from dist_gan.ema import GeneratorEMA
 from dist_gan.health.recovery import Recovery
+from dist_gan.records import Record
 from dist_gan.runtime import Player
-from dist_gan.types import Stateful, TensorFacts, facts_of
+from dist_gan.types import Stateful, TensorFacts, check_table, facts_of
 
 
 @dataclass
@@ -41,27 +43,46 @@ class Progress:
         return iter(self.memory.items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
-        assert tensors.keys() == self.memory.keys(), (sorted(tensors), sorted(self.memory))
+        """Takes back what `tensors` gave.
+
+        Raises:
+            ValueError: the checkpoint has the memory of another objective.
+        """
+        check_table("the objective's memory", tensors, self.table())
         for name, tensor in tensors.items():
             self.memory[name].copy_(tensor)
 
     def values(self) -> dict[str, Any]:
         """Counters."""
-        names = ("images", "d_updates", "g_updates", "averaged_images", "seconds")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "images": self.images, "d_updates": self.d_updates, "g_updates": self.g_updates,
+            "averaged_images": self.averaged_images, "seconds": self.seconds,
+        }  # fmt: skip
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Takes back what `values` gave."""
-        for name, value in values.items():
-            setattr(self, name, value)
+        """Takes back what `values` gave.
+
+        Raises:
+            ValueError: they are of other types or ranges.
+        """
+        check_progress(Record(values, place="progress"))
+        self.images, self.averaged_images = values["images"], values["averaged_images"]
+        self.d_updates, self.g_updates = values["d_updates"], values["g_updates"]
+        self.seconds = float(values["seconds"])
 
 
 class _StreamState:
     """A stream has no tensors."""
 
     def __init__(self, stream: Stream) -> None:
-        self.values, self.load_values = stream.values, stream.load_values
+        self._stream = stream
+
+    def values(self) -> dict[str, Any]:
+        return self._stream.values()
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        check_stream(Record(values, place="the place in the data"))
+        self._stream.load_values({"damaged": []} | values)  # which the first checkpoints did not have
 
     def table(self) -> dict[str, TensorFacts]:
         return {}
@@ -70,7 +91,7 @@ class _StreamState:
         return iter(())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        assert not tensors
+        check_table("the stream", tensors, {})
 
 
 @dataclass

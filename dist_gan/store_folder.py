@@ -118,7 +118,8 @@ class StoreFolder:
 
     def _inside(self, info: dict[str, Any]) -> str:
         name, above = str(info["name"]).lstrip("/"), self._path.lstrip("/")
-        assert name.startswith(above), f"{name} is listed in {above}"
+        if not name.startswith(above):
+            raise TrainingFailed(f"cannot list {self.url}: the store gave {name!r}, which does not lie in it")
         return name[len(above) :].removeprefix("/")
 
     def _listed(self, operation: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

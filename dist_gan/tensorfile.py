@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dist_gan.records import Damaged, Record, parse
 from dist_gan.types import TensorFacts
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+"""Types by the names that the format has for them."""
+HEADER_LIMIT = 2**24
+"""Bytes of a header that are read at most."""
+_MOST_AXES = 16
 _ALIGN = 8
 
 
@@ -38,24 +44,78 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
     """
     try:
         return dict(load(data))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{name} is no safetensors file ({error})") from error
 
 
-def check_head(head: bytes, *, size: int, name: str) -> None:
-    """Whether the first bytes of a file announce tensors that fill it exactly.
+class Place(NamedTuple):
+    """Entry of a tensor in the header of a file."""
+
+    facts: TensorFacts
+    start: int
+    """First byte, from the file's beginning."""
+    end: int
+    """The byte after its last."""
+
+
+def header_bytes(begin: bytes, *, size: int, name: str) -> int:
+    """Bytes that the header of a file takes with the eight in front that say so.
+
+    Args:
+        begin: the first eight bytes of the file, or more.
+        size: bytes of the file.
+        name: of the file, for the error.
 
     Raises:
-        ValueError: they do not; `name` says which file.
+        ValueError: it has none, or one that is longer than the file or than any can be.
     """
-    length = int.from_bytes(head[:8], "little")
-    try:
-        entries = json.loads(head[8 : 8 + length]) if 8 + length <= min(size, len(head)) else None
-        ends = [e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"] if entries else []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is no safetensors file ({error})") from error
-    if entries is None or 8 + length + max(ends, default=0) != size:
+    length = 8 + int.from_bytes(begin[:8], "little")
+    if len(begin) < 8 or length > min(size, HEADER_LIMIT):
         raise ValueError(f"{name} is no safetensors file (its header does not fit its size)")
+    return length
+
+
+def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
+    """Shape, dtype and place of each tensor of a file, which has to be filled exactly by them.
+
+    Args:
+        head: the header with the eight bytes in front, or more.
+        size: bytes of the file.
+        name: of the file, for the error.
+
+    Raises:
+        ValueError: the header is none, or its tensors do not fill the file.
+    """
+    length = header_bytes(head, size=size, name=name)
+    found: dict[str, Place] = {}
+    try:
+        record = Record(parse(head[8:length], place="header"), place="header")
+        for tensor in set(record) - {"__metadata__"}:
+            entry = record.record(tensor)
+            facts, offsets = facts_in(entry), entry.wholes("data_offsets")
+            if len(offsets) != 2 or offsets[1] - offsets[0] != facts.nbytes:
+                raise entry.problem("data_offsets", f"a place of {facts.nbytes:,} bytes")
+            found[tensor] = Place(facts, length + offsets[0], length + offsets[1])
+    except Damaged as error:
+        raise ValueError(f"{name} is no safetensors file ({error})") from error
+    places = sorted((place.start, place.end) for place in found.values())
+    if [*(start for start, _ in places), size] != [length, *(end for _, end in places)]:
+        raise ValueError(f"{name} is no safetensors file (its header does not fit its size)")
+    return found
+
+
+def facts_in(entry: Record) -> TensorFacts:
+    """Shape and dtype, as the header of a file and the manifest of a checkpoint have them.
+
+    Raises:
+        Damaged: they are of other types.
+    """
+    shape, dtype = entry.wholes("shape"), entry.text("dtype")
+    if dtype not in DTYPES:
+        raise entry.problem("dtype", f"one of {', '.join(DTYPES)}")
+    if len(shape) > _MOST_AXES:
+        raise entry.problem("shape", f"of at most {_MOST_AXES} axes")
+    return TensorFacts(tuple(shape), DTYPES[dtype])
 
 
 class FileBuffer:

@@ -21,14 +21,14 @@ from dist_gan.health.recovery import PLAYERS, Recovery, actions
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
 from dist_gan.resume import resume, roll_back
-from dist_gan.run_folder import note_start
+from dist_gan.run_folder import LOGS, note_start
 from dist_gan.runtime import Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
 from dist_gan.step import Rules, train_step
 from dist_gan.tracker import Tracker, profiled
-from dist_gan.types import Networks, Scalars, TrainingFailed
+from dist_gan.types import Networks, Scalars, TrainingFailed, UserError
 
 MODE_SAMPLES = 5_000
 """Samples that the modes of the embedded data set are counted in."""
@@ -72,7 +72,8 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     """
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
     networks = build_networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
-    state, objective, rules = new_state(config, runtime, networks, _stream(config, runtime, draws, stages))
+    sources = _sources(config)
+    state, objective, rules = new_state(config, runtime, networks, _stream(config, runtime, draws, sources, stages))
     checkpointer = Checkpointer(
         storage.join(config.run.dir, "checkpoints"),
         runtime=runtime,
@@ -83,7 +84,9 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
             "config_hash": config_hash(config),
             "config": to_yaml(config),
             "gradient_layout": {player.name: player.layout for player in (state.generator, state.discriminator)},
+            "classes": _class_names(config, sources),
         },
+        logs=[Path(config.run.dir) / name for name in LOGS],
     )
     resumed = resume(config, checkpointer, state)
     images = state.progress.images
@@ -138,14 +141,35 @@ def new_state(
     return state, objective, rules
 
 
-def _stream(config: RunConfig, runtime: Runtime, draws: Draws, stages: Sequence[Stage]) -> Stream:
+def _sources(config: RunConfig) -> list[tuple[Source, int]]:
+    """Folders of shards with their manifests and weights; none where the data are points."""
+    if isinstance(config.data, PointsData):
+        return []
+    return [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
+
+
+def _class_names(config: RunConfig, sources: Sequence[tuple[Source, int]]) -> list[str] | None:
+    """Names of the classes, for those who sample later; None without classes, or where folders name them differently."""
+    names = {source.manifest.classes for source, _ in sources if config.networks.classes}
+    found = names.pop() if len(names) == 1 else None
+    return None if found is None else list(found)
+
+
+def _stream(
+    config: RunConfig,
+    runtime: Runtime,
+    draws: Draws,
+    sources: Sequence[tuple[Source, int]],
+    stages: Sequence[Stage],
+) -> Stream:
     slots, classes = runtime.slots(config.run.batch), config.networks.classes
     if isinstance(config.data, PointsData):
         return PointStream(config.data, classes=classes, slots=slots, draws=draws)
     networks = config.networks
-    assert networks.kind != "mlp"
+    if networks.kind == "mlp":
+        raise UserError("networks.kind: 'mlp' is for points; images go with article or dcgan")
     return ImageStream(
-        [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()],
+        sources,
         section=config.data,
         resolution=networks.resolution,
         channels=networks.channels,

@@ -142,3 +142,19 @@ def byte_range(images: Tensor) -> Tensor:
 def facts_of(tensor: Tensor) -> TensorFacts:
     """Shape and dtype of a tensor."""
     return TensorFacts(tuple(tensor.shape), tensor.dtype)
+
+
+def check_table(
+    owner: str, tensors: Mapping[str, Tensor] | Mapping[str, TensorFacts], table: Mapping[str, TensorFacts]
+) -> None:
+    """Compares names and shapes of tensors that come from outside with those that are expected.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs; `owner` says whose tensors they are.
+    """
+    missing, unknown = sorted(table.keys() - tensors.keys()), sorted(tensors.keys() - table.keys())
+    if missing or unknown:
+        raise ValueError(f"{owner}: tensors missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, facts in table.items():
+        if tuple(tensors[name].shape) != facts.shape:
+            raise ValueError(f"{owner}: {name} is {tuple(tensors[name].shape)} and has to be {facts.shape}")

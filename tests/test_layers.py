@@ -26,8 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
-        "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "scalars", "run_folder",
-        "export", "health.monitor",
+        "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "checkpoint_manifest",
+        "retention", "scalars", "run_folder", "export", "health.monitor",
     ),
     ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch"),
     ("cli", "train"),

@@ -9,6 +9,7 @@ from dist_gan.data.pack import pack
 from dist_gan.data.shapes import CLASS_NAMES, draw_shapes
 from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import check_fit
+from dist_gan.types import UserError
 
 PICTURES_SEED = 2026
 """The pictures are the same for every run; its seed decides their order and the rest."""
@@ -38,7 +39,8 @@ def prepare_data(config: RunConfig) -> list[str]:
         pack(ArraySource(images, labels, class_names=CLASS_NAMES), url, workers=1)
     elif isinstance(config.data, ShardsData):
         networks, substitute = config.networks, config.data.bad_images == "substitute"
-        assert not isinstance(networks, MLPNetworks)
+        if isinstance(networks, MLPNetworks):
+            raise UserError("networks.kind: 'mlp' is for points; images go with article or dcgan")
         for url in data_sources(config):
             manifest = read_manifest(url)
             check_fit(

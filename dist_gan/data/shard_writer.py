@@ -92,7 +92,11 @@ def write_shard(settings: ShardSettings, reader: Reader, job: ShardJob, tell: Te
             if bad and not settings.skip_bad:
                 return bad
             shard = _scan_own(file, name) if num_written else None
-            assert num_written == (len(shard.keys) if shard else 0)
+            num_read = len(shard.keys) if shard else 0
+            if num_read != num_written:
+                raise TrainingFailed(
+                    f"cannot write {folder.place_of(name)}: {num_written} images went in, {num_read} are there"
+                )
             index = {
                 "plan": settings.plan,
                 "shard": None if shard is None else shard_to_json(shard),

@@ -7,11 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from dist_gan import checkpoint_manifest
 from dist_gan.config import RecoverySection
+from dist_gan.records import Record
 from dist_gan.runtime import Update
-from dist_gan.types import TensorFacts
+from dist_gan.types import TensorFacts, check_table
 
-PLAYERS = ("discriminator", "generator")
+PLAYERS = checkpoint_manifest.PLAYERS
 
 
 class Action(NamedTuple):
@@ -86,8 +88,8 @@ class Recovery:
         return iter(())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """It has no tensors."""
-        assert not tensors
+        """It has no tensors. Raises ValueError if there are some."""
+        check_table("recovery", tensors, {})
 
     def values(self) -> dict[str, Any]:
         """Counters and window."""
@@ -97,10 +99,16 @@ class Recovery:
         }  # fmt: skip
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Takes back what `values` gave."""
+        """Takes back what `values` gave.
+
+        Raises:
+            ValueError: they are of other types or ranges.
+        """
+        checkpoint_manifest.check_recovery(Record(values, place="recovery"))
         self.rollbacks = int(values["rollbacks"])
-        self.skipped, self._updates = dict(values["skipped"]), dict(values["updates"])
-        self._recent = {player: list(numbers) for player, numbers in values["recent"].items()}
+        self.skipped = {player: values["skipped"][player] for player in PLAYERS}
+        self._updates = {player: values["updates"][player] for player in PLAYERS}
+        self._recent = {player: list(values["recent"][player]) for player in PLAYERS}
 
 
 def actions(recovery: Recovery, updates: Sequence[Update]) -> Action:

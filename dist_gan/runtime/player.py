@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_gan.config import AdamSection, SGDSection
 from dist_gan.models.spectral import spectral_weights
-from dist_gan.types import TensorFacts
+from dist_gan.types import TensorFacts, TrainingFailed
 
 OptimSection = AdamSection | SGDSection
 
@@ -141,8 +141,9 @@ class Player(ABC):
         return {}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Nothing but tensors is kept."""
-        assert not values
+        """Nothing but tensors is kept. Raises ValueError if there are values."""
+        if values:
+            raise ValueError(f"{self.name}: no values were kept, and {sorted(values)[:5]} are there")
 
     # -- for the strategies ---------------------------------------------------------------------------------------
 
@@ -160,6 +161,11 @@ class Player(ABC):
         expected = {f"optimizer/{name}/{key}" for name in self.parameters for key in keys}
         if moments != expected:
             raise ValueError(f"{self.name}: moments of {sorted(moments ^ expected)[:5]} are missing or unknown")
+        for name, shape in self._shapes.items():
+            for key in keys:
+                found = tuple(tensors[f"optimizer/{name}/{key}"].shape)
+                if found != (() if key == "step" else shape):
+                    raise ValueError(f"{self.name}: the moment {key} of {name} is {found} and has to be {shape}")
         return keys
 
     def _iterate_spectral(self) -> None:
@@ -218,7 +224,8 @@ class TorchPlayer(Player):
 
     def update(self, *, lr: float, beta2: float) -> Update:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        assert gradients, f"the {self.name}'s loss reaches none of its parameters"
+        if not gradients:
+            raise TrainingFailed(f"the {self.name}'s loss reaches none of its parameters")
         norm_tensor = torch.nn.utils.get_total_norm(gradients)
         norm = float(norm_tensor)
         applied = math.isfinite(norm)

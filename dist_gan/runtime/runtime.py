@@ -26,7 +26,7 @@ from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
 from dist_gan.runtime.launched import Launch
 from dist_gan.runtime.numerics import set_numerics
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
-from dist_gan.types import Network, Networks, TrainingFailed
+from dist_gan.types import Network, Networks, TrainingFailed, UserError
 from dist_gan.wording import safe
 
 COLLECTIVES_LATER_S = 30
@@ -217,7 +217,8 @@ class Runtime:
 
     def slots(self, batch: int) -> Tensor:
         """This rank's places in the global batch: every world_size-th, so that a rank keeps its lanes."""
-        assert batch % self.world_size == 0
+        if batch % self.world_size:
+            raise UserError(f"run.batch: {batch} images do not divide over {self.world_size} processes")
         return torch.arange(self.rank, batch, self.world_size)
 
     def gather(self, rows: Tensor) -> Tensor:

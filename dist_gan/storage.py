@@ -312,7 +312,7 @@ def publish(url: str, data: bytes | memoryview) -> None:
     except FileNotFoundError as error:
         raise TrainingFailed(f"{place}: it is not there after it was written") from error
     except UserError as error:  # whoever publishes is in the middle of something that cannot go on
-        raise TrainingFailed(str(error)) from error
+        raise TrainingFailed(*error.args) from error
     if written != len(data):
         remove(url)
         raise TrainingFailed(f"{place}: {written} of {len(data)} bytes arrived")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import reprlib
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gan import storage
+from dist_gan.data.listing import parse_json
 from dist_gan.types import UserError
 
 NAME = "manifest.json"
 FORMAT = "dist_gan.shards"
 VERSION = 1
+_LARGEST = 2**62
+"""Of any number of bytes: sums of two of them are still numbers of 63 bits."""
+_LARGEST_SIDE = 2**20
+_ORIGIN = 4096
+"""Signs of the origin."""
+_LARGEST_FILE = 2**31
+"""Bytes of a manifest; fifteen million images take that."""
 _MAKE_ONE = "run `dist-gan pack` (from images) or `dist-gan index` (for shards that are there)"
 _MAKE_AGAIN = "make it again with `dist-gan index --force`, or pack the images again"
 
@@ -87,16 +99,26 @@ def read_manifest(url: str) -> Manifest:
     place = storage.join(url, NAME)
     shown = storage.redact(place)
     try:
-        data = storage.read(place)
+        data = _bytes_of(place)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{storage.redact(url)}: no {NAME} there; {_MAKE_ONE}") from error
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {storage.why(error)}") from error
+        raise UserError(f"{shown}: cannot be read: {storage.why(error, reading=True)}") from error
     try:
-        content = json.loads(data)
+        content = parse_json(data)
     except ValueError as error:
         raise UserError(f"{shown}: is not JSON ({error}); {_MAKE_AGAIN}") from error
     return _Reader(shown).manifest(content)
+
+
+def _bytes_of(place: str) -> bytes:
+    local = storage.local_path(place)
+    if local is not None and not stat.S_ISREG(os.stat(local).st_mode):  # a pipe would be waited for without end
+        raise OSError(errno.EINVAL, "it is no file")
+    size = storage.size(place)
+    if size > _LARGEST_FILE:
+        raise UserError(f"{storage.redact(place)}: {size:,} bytes are more than a manifest may have; {_MAKE_AGAIN}")
+    return storage.read(place)
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
@@ -210,17 +232,17 @@ class _Reader:
     def manifest(self, content: Any) -> Manifest:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise self._error(f"the format is {found!r}, not {FORMAT!r}", remedy=_MAKE_ONE)
+            raise self._error(f"the format is {_shown(found)}, not {FORMAT!r}", remedy=_MAKE_ONE)
         if content.get("version") != VERSION:
             raise self._error(
-                f"version {content.get('version')!r}, and this program reads version {VERSION}",
+                f"version {_shown(content.get('version'))}, and this program reads version {VERSION}",
                 remedy=f"install the dist-gan that wrote it, or {_MAKE_AGAIN}",
             )
         resolution, channels, classes = (content.get(name) for name in ("resolution", "channels", "classes"))
-        if resolution is not None and not _is_positive(resolution):
-            raise self._error(f"resolution is {resolution!r}, not a positive number or null")
-        if channels not in (1, 3):
-            raise self._error(f"channels is {channels!r}, not 1 or 3")
+        if resolution is not None and not _is_positive(resolution, _LARGEST_SIDE):
+            raise self._error(f"resolution is {_shown(resolution)}, not a positive number of pixels or null")
+        if type(channels) is not int or channels not in (1, 3):
+            raise self._error(f"channels is {_shown(channels)}, not 1 or 3")
         if classes is not None and not (_are_texts(classes) and classes):
             raise self._error("classes is neither null nor a list of names")
         shards = content.get("shards")
@@ -231,7 +253,7 @@ class _Reader:
             channels=channels,
             classes=None if classes is None else tuple(classes),
             shards=tuple(self.shard(shard, number) for number, shard in enumerate(shards)),
-            origin=str(content.get("origin", "")),
+            origin=_text_of(content.get("origin", "")),
         )
         self._check_together(manifest)
         return manifest
@@ -244,13 +266,13 @@ class _Reader:
         name: Any = fields.get("name")
         size: Any = fields.get("bytes")
         sha256: Any = fields.get("sha256")
-        if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\:\0"):
-            raise self._error(f"{where} has the name {name!r}, which is not a plain file name in the folder")
+        if not _are_texts([name]) or not name or name.startswith(".") or any(c in name for c in "/\\:\0"):
+            raise self._error(f"{where} has the name {_shown(name)}, which is not a plain file name in the folder")
         where = f"shard {name!r}"
-        if not _is_positive(size):
-            raise self._error(f"{where} has {size!r} bytes")
+        if not _is_positive(size, _LARGEST):
+            raise self._error(f"{where} has {_shown(size)} bytes")
         if not isinstance(sha256, str) or len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
-            raise self._error(f"{where} has the sha256 {sha256!r}, which is not 64 hexadecimal digits")
+            raise self._error(f"{where} has the sha256 {_shown(sha256)}, which is not 64 hexadecimal digits")
         keys: Any = fields.get("keys")
         if not _are_texts(keys) or not keys or "" in keys:
             raise self._error(f"{where} has no list of keys")
@@ -286,9 +308,10 @@ class _Reader:
         return UserError(f"{self._place}: {what}; {remedy}")
 
     def _integers(self, values: Any, where: str, column: str) -> NDArray[np.int64]:
-        array = np.array(values if isinstance(values, list) and values else [""])
-        if array.ndim != 1 or array.dtype != np.int64:
-            raise self._error(f"{where}: the column {column} is not a list of whole numbers")
+        whole = isinstance(values, list) and set(map(type, values)) == {int}
+        array = np.array(values if whole else [""])
+        if array.dtype != np.int64:
+            raise self._error(f"{where}: the column {column} is not a list of whole numbers of at most 63 bits")
         if array.min() < 0:
             raise self._error(f"{where}: {column} holds {array.min()}, a negative number")
         return array
@@ -331,9 +354,24 @@ class _Reader:
                     )
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+def _is_positive(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 < value <= limit
 
 
 def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is str for value in values)
+    """Whether it is a list of texts that can be written: JSON can hold halves of signs."""
+    if not isinstance(values, list) or not all(type(value) is str for value in values):
+        return False
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_of(value: Any) -> str:
+    return str(value).encode("utf-8", "replace").decode()[:_ORIGIN] if isinstance(value, str | int) else ""
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)

@@ -39,7 +39,7 @@ class Patience:
         self._over.set()
 
     def wait(self, number: int, since: float, error: Exception, *, place: str) -> None:
-        """Sleeps before try `number` + 1 of an operation that began at `since`, or raises its error.
+        """Sleeps before try `number` + 1 of an operation that failed first at `since`, or raises its error.
 
         `place` is what the line on stderr begins with.
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from dist_gan.types import UserError
 
 _BYTES = ".bytes"
-_FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]{64}", r"[0-9a-f]{32}\.tmp"))
+_FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]{64}", r"[0-9a-f]+\.tmp"))
 """Names of what the cache makes."""
 _DIGITS = 20
 """Of the longest number that the count can be."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dist_gan.data.labels import numbered_classes, parse_label_file
 from dist_gan.images import EXTENSIONS
 from dist_gan.types import UserError
 
@@ -19,7 +18,6 @@ MAX_SHOWN = 10
 LABEL_FILE = "dataset.json"
 _LABEL_FILE_BYTES, _LABEL_BYTES = 2**20, 2**10
 """Bytes that a label file may have, and as many more for each image."""
-MAX_CLASSES = 2**20
 HIDDEN = "hidden files"
 _KINDS_SHOWN = 20
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
@@ -144,36 +142,6 @@ def list_images(
     return Listing(entries=entries, classes=classes, notes=notes)
 
 
-def numbered_classes(labels: Sequence[int]) -> tuple[str, ...]:
-    """Names for classes that are only numbers: "0" up to the highest, which is below `MAX_CLASSES`."""
-    return tuple(str(number) for number in range(max(labels) + 1))
-
-
-def not_a_class(label: object) -> str | None:
-    """Why a value is no number of a class, in words that follow it; None if it is one."""
-    if type(label) is not int or label < 0:
-        return "not a whole number from 0 on"
-    if label >= MAX_CLASSES:
-        return f"and there are at most {MAX_CLASSES:,} classes, numbered from 0"
-    return None
-
-
-def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text that others wrote.
-
-    Raises:
-        ValueError: it is none, is nested too deeply, or has numbers of thousands of digits.
-    """
-    try:
-        return json.loads(data)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except ValueError as error:
-        if "integer string conversion" in str(error):
-            raise ValueError("it holds a number of thousands of digits") from error
-        raise
-
-
 def folders_of(names: Iterable[str]) -> set[str]:
     """All folders that names of files show, with those above them."""
     folders: set[str] = set()
@@ -258,7 +226,7 @@ def _labels_from_json(
     images: Sequence[File], label_file: str, data: bytes, problems: Problems
 ) -> tuple[list[int | None], tuple[str, ...] | None]:
     none: list[int | None] = [None] * len(images)
-    stated, mistake = _parse_label_file(data)
+    stated, mistake = parse_label_file(data)
     if mistake:
         problems.add(f"{label_file}: {mistake}")
     if stated is None:
@@ -279,32 +247,6 @@ def _labels_from_json(
         return none, None
     labels: list[int | None] = [by_path[image.path] for image in images]
     return labels, numbered_classes(list(by_path.values()))
-
-
-def _parse_label_file(data: bytes) -> tuple[dict[str, int] | None, str | None]:
-    """Labels by name, None for "no labels"; and a mistake in words."""
-    try:
-        content = parse_json(data)
-    except ValueError as error:
-        return None, f"is not JSON ({error})"
-    pairs = content.get("labels", ...) if isinstance(content, dict) else ...
-    if pairs is None:
-        return None, None
-    shape = 'must be {"labels": [["folder/name.png", 6], ...]} or {"labels": null}'
-    if not isinstance(pairs, list) or not pairs:
-        return None, shape
-    labels: dict[str, int] = {}
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
-            return None, f"{shape}, and holds {reprlib.repr(pair)}"
-        name, label = pair
-        mistake = not_a_class(label)
-        if mistake:
-            return None, f"the label of {name!r} is {reprlib.repr(label)}, {mistake}"
-        if name in labels:
-            return None, f"{name!r} has two labels"
-        labels[name] = label
-    return labels, None
 
 
 def _entries(images: Sequence[File], labels: Sequence[int | None], root: str, problems: Problems) -> tuple[Entry, ...]:

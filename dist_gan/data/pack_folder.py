@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
 from dist_gan.data.destinations import OWNER, Destination
-from dist_gan.data.listing import parse_json
+from dist_gan.data.labels import parse_json
 from dist_gan.data.manifest import Manifest, check_shards, read_manifest
 from dist_gan.types import UserError
 

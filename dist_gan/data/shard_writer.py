@@ -18,7 +18,8 @@ from webdataset.writer import TarWriter
 from dist_gan import storage
 from dist_gan.data.destinations import Destination
 from dist_gan.data.fetching import ahead
-from dist_gan.data.listing import MAX_SHOWN, Entry, parse_json
+from dist_gan.data.labels import parse_json
+from dist_gan.data.listing import MAX_SHOWN, Entry
 from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
 from dist_gan.data.processes import Tell
 from dist_gan.data.sources import UNREADABLE, Reader

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dist_gan import storage
-from dist_gan.data.listing import MAX_CLASSES, Entry, File, folders_of, list_images, numbered_classes
+from dist_gan.data.labels import MAX_CLASSES, numbered_classes
+from dist_gan.data.listing import Entry, File, folders_of, list_images
 from dist_gan.data.store_source import StoreSource
 from dist_gan.data.walking import walk
 from dist_gan.types import UserError

@@ -148,6 +148,8 @@ def refusal(error: BaseException) -> str | None:
         return (
             f"the bucket is in {_region(error)}; set AWS_DEFAULT_REGION to the bucket's region, and check the endpoint"
         )
+    if isinstance(error, RecursionError):  # botocore follows a bucket that is always elsewhere without end
+        return "the store sends requests round in a circle; check the region in AWS_DEFAULT_REGION and the endpoint"
     if "NoRegionError" in names or "InvalidRegionError" in names:
         return "no usable region is given; set AWS_DEFAULT_REGION to the bucket's"
     if any(_lacks_credentials(e) for e in _chain(error)):

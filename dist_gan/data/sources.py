@@ -276,11 +276,14 @@ def _announced(archive: zipfile.ZipFile, name: str, place: str) -> NDArray[Any]:
     """An array of the shape and type in a header, whose elements are all one and take no memory."""
     member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"the array {name!r} is of version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except OSError:
+            raise
+        except Exception as error:  # a header is half a program, and numpy raises whatever its parser does
+            raise ValueError(f"the header of the array {name!r} is damaged: {type(error).__name__}") from error
         if dtype.hasobject:
             raise ValueError(f"the array {name!r} holds Python objects")
         if any(type(extent) is not int or extent < 0 for extent in shape):

@@ -131,7 +131,7 @@ ANSWERS = {
     "SignatureDoesNotMatch": (403, "the store refuses access; check the credentials"),
     "ExpiredToken": (400, "the store refuses access; check the credentials in the environment"),
     "NoSuchBucket": (404, "the bucket does not exist; check its name"),
-    "PermanentRedirect": (301, "set AWS_DEFAULT_REGION to the bucket's region"),
+    "PermanentRedirect": (301, "AWS_DEFAULT_REGION"),
     "AuthorizationHeaderMalformed": (400, "set AWS_DEFAULT_REGION to the bucket's region"),
 }
 

@@ -328,10 +328,10 @@ def test_balance_mixture_flips_and_a_held_out_share_have_their_effect_through_a_
     pixels, labels = random_images(90, resolution=16, seed=8), np.repeat([0, 1, 2], [60, 20, 10])
     pack(ArraySource(pixels, labels, class_names=("many", "some", "few")), str(other), workers=1)
     known: dict[str, tuple[int, str, int, bool]] = {}
-    for source, (images, seed_labels) in enumerate(
+    for source, (faces, seed_labels) in enumerate(
         [(random_images(300, resolution=16, seed=5), np.repeat([0, 1, 2], [240, 50, 10])), (pixels, labels)]
     ):
-        for row, image in enumerate(images.transpose(0, 3, 1, 2)):
+        for row, image in enumerate(faces.transpose(0, 3, 1, 2)):
             for mirrored, shown in enumerate((image, image[:, :, ::-1])):
                 digest = hashlib.sha256(np.ascontiguousarray(shown).tobytes()).hexdigest()
                 known[digest] = (source, f"{row:08d}", int(seed_labels[row]), bool(mirrored))

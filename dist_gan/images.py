@@ -24,17 +24,26 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from dist_gan import storage
 
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 2**26
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that are opened; others (PostScript, for one) start programs or fetch files."""
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+_OPTIONAL = {"AVIF": ("avif", ("avif",)), "JPEG2000": ("jpg_2000", ("jp2", "j2k"))}
+"""Formats that not every build of Pillow has: its name for the feature, and the endings of such files."""
+_BUILT = tuple(name for name, (feature, _) in _OPTIONAL.items() if features.check(feature))
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *_BUILT)
+"""Formats that are opened. Others start programs or fetch files (PostScript, for one), take any bytes for a picture
+(TGA, which has no mark of its own), or hold several pictures of one thing (ICO)."""
+EXTENSIONS = (
+    "jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm",
+    *(ending for name in _BUILT for ending in _OPTIONAL[name][1]),
+)  # fmt: skip
 """File name endings that are taken for pictures, in lower case."""
+MAX_FILE_BYTES = 2**28 + 2**16
+"""Bytes of a picture file that are read at most: those of `MAX_PIXELS` uncompressed, with transparency, and a header."""
 
 _SMALL = 4096
 """Bytes up to which a file is sooner searched than understood."""

@@ -39,7 +39,7 @@ class Patience:
         self._over.set()
 
     def wait(self, number: int, since: float, error: Exception, *, place: str) -> None:
-        """Sleeps before try `number` + 1 of an operation that began at `since`, or raises its error.
+        """Sleeps before try `number` + 1 of an operation that failed first at `since`, or raises its error.
 
         `place` is what the line on stderr begins with.
 
@@ -65,5 +65,5 @@ class Patience:
                 return
             self._said_at = now
         with suppress(OSError, ValueError):  # a terminal that is gone is no reason not to wait
-            text = f"{place}: the store does not answer ({reason(error)}); it is asked again for up to {self.seconds:.0f} s"
-            print(safe(text), file=sys.stderr, flush=True)
+            sentence = f"{place}: the store does not answer ({reason(error)}); waiting: it is asked again for up to"
+            print(safe(f"{sentence} {self.seconds:.0f} s"), file=sys.stderr, flush=True)

@@ -133,15 +133,16 @@ def asked(
     """
     if local_path(url) is not None:
         return operation()
-    patience, began, number = patience or Patience(PATIENCE_S), time.monotonic(), 0
+    patience, failed_at, number = patience or Patience(PATIENCE_S), 0.0, 0
     while True:
         try:
             result = operation()
         except (UserError, TrainingFailed):
             raise
         except Exception as error:
+            failed_at = failed_at if number else time.monotonic()
             try:
-                patience.wait(number, began, error, place=redact(url))
+                patience.wait(number, failed_at, error, place=redact(url))
             except Exception as last:
                 if isinstance(last, FileNotFoundError | NotADirectoryError) and refusal(last) is None:
                     raise
@@ -244,7 +245,7 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
             return file.read(end - start)
     filesystem, path = connect(url)
     parts: list[bytes] = []
-    at, began, number = start, time.monotonic(), 0
+    at, failed_at, number = start, 0.0, 0
     while at < end:
         until = min(end, at + _PART)
         try:
@@ -254,14 +255,15 @@ def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
             if part:
                 parts.append(part)
                 at += len(part)
-                began, number = time.monotonic(), 0
+                number = 0
             if at < until:
                 filesystem.invalidate_cache()
                 if int(filesystem.size(path)) <= at:
                     break
                 raise ConnectionError(f"{len(part):,} of {until - at + len(part):,} bytes came")
         except Exception as error:
-            patience.wait(number, began, error, place=redact(url))
+            failed_at = failed_at if number else time.monotonic()
+            patience.wait(number, failed_at, error, place=redact(url))
             number += 1
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -312,7 +314,7 @@ def publish(url: str, data: bytes | memoryview) -> None:
     except FileNotFoundError as error:
         raise TrainingFailed(f"{place}: it is not there after it was written") from error
     except UserError as error:  # whoever publishes is in the middle of something that cannot go on
-        raise TrainingFailed(str(error)) from error
+        raise TrainingFailed(*error.args) from error
     if written != len(data):
         remove(url)
         raise TrainingFailed(f"{place}: {written} of {len(data)} bytes arrived")

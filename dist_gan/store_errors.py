@@ -67,16 +67,25 @@ def failure(error: Exception, place: str, *, later: str = _LATER) -> UserError |
     return TrainingFailed(f"{place}: {said}")
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, a broken connection, an overloaded server."""
+def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
+    """Whether the same request may succeed later: no answer, a broken connection, an overloaded server.
+
+    Of the exceptions that caused it `depth` are looked at, for they may go round in a circle.
+    """
+    if not depth:
+        return False
     if isinstance(error, _PASSES):
         # fsspec calls a file absent of whose web server it got no answer.
         cause = error.__cause__
-        return cause is not None and type(cause).__module__.split(".")[0] in _CLIENTS and is_transient(cause)
+        return (
+            cause is not None
+            and type(cause).__module__.split(".")[0] in _CLIENTS
+            and is_transient(cause, depth=depth - 1)
+        )
     if isinstance(error, PermissionError) or _lacks_credentials(error) or _tls_fault(error):
         return False
     if isinstance(error, OSError) and error.__cause__ is not None and hasattr(error.__cause__, "response"):
-        return is_transient(error.__cause__)  # s3fs makes an EIO of whatever it does not know
+        return is_transient(error.__cause__, depth=depth - 1)  # s3fs makes an EIO of whatever it does not know
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
@@ -91,7 +100,7 @@ def is_transient(error: BaseException) -> bool:
     if type(error).__module__.split(".")[0] in _CLIENTS:
         return True
     cause = error.__cause__ or error.__context__
-    return cause is not None and cause is not error and is_transient(cause)
+    return cause is not None and is_transient(cause, depth=depth - 1)
 
 
 def is_unresolved(error: BaseException) -> bool:
@@ -139,6 +148,8 @@ def refusal(error: BaseException) -> str | None:
         return (
             f"the bucket is in {_region(error)}; set AWS_DEFAULT_REGION to the bucket's region, and check the endpoint"
         )
+    if isinstance(error, RecursionError):  # botocore follows a bucket that is always elsewhere without end
+        return "the store sends requests round in a circle; check the region in AWS_DEFAULT_REGION and the endpoint"
     if "NoRegionError" in names or "InvalidRegionError" in names:
         return "no usable region is given; set AWS_DEFAULT_REGION to the bucket's"
     if any(_lacks_credentials(e) for e in _chain(error)):
@@ -187,7 +198,7 @@ def _tls_fault(error: BaseException) -> str | None:
     for found in _chain(error):
         if isinstance(found, ssl.SSLCertVerificationError):
             return "shows a certificate that is not trusted"
-        if isinstance(found, ssl.SSLError) and found.reason == "WRONG_VERSION_NUMBER":
+        if isinstance(found, ssl.SSLError) and getattr(found, "reason", None) == "WRONG_VERSION_NUMBER":
             return "does not speak https"
     return None
 
@@ -206,11 +217,11 @@ def _code(error: BaseException) -> str | None:
 
 def _status(error: BaseException) -> int | None:
     facts = _answer(error).get("ResponseMetadata")
-    statuses = [facts.get("HTTPStatusCode")] if isinstance(facts, dict) else []
     answer = getattr(error, "response", None)
-    statuses += [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    statuses += [getattr(answer, "status_code", None)]
-    return next((s for s in statuses if type(s) is int and 100 <= s < 600), None)
+    status = facts.get("HTTPStatusCode") if isinstance(facts, dict) else getattr(error, "status", None)
+    for place, name in ((error, "status_code"), (answer, "status_code"), (error, "code")):
+        status = getattr(place, name, None) if status is None else status
+    return status if type(status) is int and 100 <= status < 600 else None
 
 
 def _region(error: BaseException) -> str:

@@ -6,6 +6,10 @@
 A file appears whole, by a rename, or not at all; one of the wrong size counts as absent. Whoever finds the folder over
 its limit deletes what was not used for longest. A process that dies leaves at most a temporary file, which the next
 clearing removes.
+
+The folder may be one that others write to. Then a folder below it is used that is this user's alone, for whoever can
+change the cache can change what is trained on. No link is followed, and nothing is deleted that the cache has not made.
+After the start nothing here raises: whatever is odd in the folder costs speed only.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,11 +29,15 @@ from typing import NamedTuple
 from dist_gan.types import UserError
 
 _BYTES = ".bytes"
-_TEMPORARY = ".tmp"
+_FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]{64}", r"[0-9a-f]+\.tmp"))
+"""Names of what the cache makes."""
+_DIGITS = 20
+"""Of the longest number that the count can be."""
 _FORGOTTEN_S = 600.0
 """Age from which a temporary file has no writer any more."""
 _ROOM = 0.1
 """Share of the limit that a clearing frees, so that it is rare."""
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class _File(NamedTuple):
@@ -50,7 +60,13 @@ class DiskCache:
     def __init__(self, folder: str, *, limit: int) -> None:
         self._folder, self._limit = Path(folder).expanduser(), limit
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(os.stat(self._folder)):
+                self._folder /= f"dist_gan-{os.geteuid()}"
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                if not _is_ours(os.lstat(self._folder)):
+                    raise PermissionError(f"{self._folder} can be changed by others")
+            _remove_if_odd(self._folder / _BYTES)
             with self._counted() as count:
                 self._clear(count, limit=limit)
         except OSError as error:
@@ -60,37 +76,55 @@ class DiskCache:
 
     def get(self, name: str, *, size: int) -> bytes | None:
         """What was put under a name, if it is there and has the size."""
-        path = self._path(name)
         try:
-            data = path.read_bytes()
-            os.utime(path)
+            handle = _opened(self._path(name), os.O_RDONLY)
         except OSError:
             return None
-        return data if len(data) == size else None
+        try:
+            if os.fstat(handle).st_size != size:
+                return None
+            os.utime(handle)
+            with open(handle, "rb", buffering=0, closefd=False) as file:
+                data = file.read(size)
+        except OSError:
+            return None
+        finally:
+            os.close(handle)
+        return data if data is not None and len(data) == size else None
 
     def put(self, name: str, data: bytes) -> None:
         """Keeps bytes under a name; a disk that takes nothing more is no error, only slower."""
         path = self._path(name)
-        temporary = path.with_name(f"{uuid.uuid4().hex}{_TEMPORARY}")
+        temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if not _is_ours(os.lstat(path.parent)):
+                return
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(handle, "wb", buffering=0) as file:
+                at = 0
+                while at < len(data):
+                    at += file.write(memoryview(data)[at:])
             with self._counted() as count:
-                before = path.stat().st_size if path.exists() else 0
+                before = _size(path)
                 os.replace(temporary, path)
                 count.total += len(data) - before
                 if count.total > self._limit:
                     self._clear(count, limit=int(self._limit * (1 - _ROOM)))
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
         """Forgets what turned out to be damaged; what cannot be removed is found damaged again."""
         path = self._path(name)
-        with suppress(OSError), self._counted() as count:
-            if path.exists():
-                count.total -= path.stat().st_size
+        with suppress(OSError):
+            if not _is_ours(os.lstat(path.parent)):
+                return
+            with self._counted() as count:
+                before = _size(path)
                 path.unlink()
+                count.total -= before
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()
@@ -103,33 +137,77 @@ class DiskCache:
         for file in files:
             if count.total <= limit:
                 return
-            os.unlink(file.path)
-            count.total -= file.bytes
+            with suppress(OSError):  # what cannot be deleted goes on counting
+                os.unlink(file.path)
+                count.total -= file.bytes
 
     def _files(self) -> Iterator[_File]:
         for folder in os.scandir(self._folder):
-            if not folder.is_dir():
+            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
                 continue
-            for item in os.scandir(folder.path):
-                facts = item.stat()
-                if not item.name.endswith(_TEMPORARY):
-                    yield _File(facts.st_mtime, facts.st_size, item.path)
-                elif time.time() - facts.st_mtime > _FORGOTTEN_S:
-                    os.unlink(item.path)
+            with suppress(OSError):
+                for item in os.scandir(folder.path):
+                    with suppress(FileNotFoundError):  # another process has deleted it
+                        facts = item.stat(follow_symlinks=False)
+                        if not stat.S_ISREG(facts.st_mode):
+                            continue
+                        if _READ.fullmatch(item.name):
+                            yield _File(facts.st_mtime, facts.st_size, item.path)
+                        elif _TEMPORARY.fullmatch(item.name) and time.time() - facts.st_mtime > _FORGOTTEN_S:
+                            os.unlink(item.path)
 
     @contextmanager
     def _counted(self) -> Iterator[_Count]:
         """The number of bytes in the folder, for this process alone while it is being changed."""
-        with open(self._folder / _BYTES, "a+b") as file:
+        handle = _opened(self._folder / _BYTES, os.O_RDWR | os.O_CREAT)
+        with open(handle, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            count = _Count(int(text) if text.isdigit() else 0)
+            text = file.read(_DIGITS + 1) or b""
+            count = _Count(int(text) if text.isdigit() and len(text) <= _DIGITS else 0)
+            if text and not count.total and text != b"0":
+                count.total = sum(found.bytes for found in self._files())
             yield count
+            file.seek(0)
             file.truncate(0)
-            file.write(b"%d" % count.total)
+            file.write(b"%d" % max(0, count.total))
 
 
 class _Count:
     def __init__(self, total: int) -> None:
         self.total = total
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A regular file of this user; never the target of a link, and never waiting as at a pipe."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+        os.close(handle)
+        raise PermissionError(f"{path} is no file of this user")
+    return handle
+
+
+def _is_ours(facts: os.stat_result) -> bool:
+    """Whether a folder is this user's, and nobody else can change what is in it."""
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OTHERS_MAY_WRITE
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file, 0 where there is none."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+
+
+def _remove_if_odd(path: Path) -> None:
+    """Makes room for a file where something else stands that the cache has not made: a link, a pipe, an empty folder."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(facts.st_mode):
+        path.rmdir()
+    elif not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+        path.unlink()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
-from dist_gan.data.listing import MAX_SHOWN, numbered_classes
+from dist_gan.data.labels import BadLabel, Label, classes_of, from_json
+from dist_gan.data.listing import MAX_SHOWN
 from dist_gan.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from dist_gan.data.pack import progress_bar, say_on_stderr
 from dist_gan.data.pack_folder import PLAN
 from dist_gan.data.processes import Tell, Workers, num_cores
-from dist_gan.data.shard_reader import IMAGE_EXTENSIONS, FoundSample, FoundShard, parse_cls, read_shard
+from dist_gan.data.shard_reader import IMAGE_EXTENSIONS, FoundShard, read_shard, split_by_webdataset
 from dist_gan.data.tar_scan import DamagedTar
 from dist_gan.images import BadImage, decode, header
 from dist_gan.types import UserError
@@ -24,9 +25,13 @@ from dist_gan.types import UserError
 
 class _Indexed(NamedTuple):
     shard: Shard | None
+    """Without labels: their numbers are known when all shards are."""
+    labels: tuple[Label, ...]
+    """Of each image, or none of any."""
     sizes: Counter[tuple[int, int]]
     channels: Counter[int]
-    num_passed_over: int
+    passed_over: Counter[str]
+    dotted: tuple[str, ...]
     problems: tuple[str, ...]
 
 
@@ -55,11 +60,12 @@ def index(
     """Writes a manifest for the `*.tar` in a folder, which stay as they are, and returns it.
 
     Every sample is a member `<key>.<jpg|jpeg|png|webp|bmp>` with a label in `<key>.cls` (a number), or in
-    `<key>.json` under `label_key`; all samples have a label or none. Other members are passed over and counted.
+    `<key>.json` under `label_key` (a number, or a name: sorted names become classes 0, 1, ...); all samples have a label
+    or none. Other members are passed over and counted.
 
     Args:
         url: folder of the shards, a path or a URL.
-        label_key: name of the label in each sample's `.json`; None takes `.cls`.
+        label_key: key of the label in each sample's `.json`; None takes `.cls`.
         force: replaces a manifest that is there.
         workers: processes; None for one a core.
         progress: a bar on the terminal; None shows one only where there is a terminal.
@@ -90,9 +96,15 @@ def index(
         for name, indexed in processes.run(partial(_index_shard, label_key), tars, tell=bar.update):
             found[name] = indexed
     manifest = _join([found[name] for name in tars], shown, label_key)
-    num_passed_over = sum(indexed.num_passed_over for indexed in found.values())
-    if num_passed_over:
-        say(f"{shown}: passed over {num_passed_over:,} members that belong to no image")
+    passed_over: Counter[str] = sum((indexed.passed_over for indexed in found.values()), Counter())
+    dotted = [name for indexed in found.values() for name in indexed.dotted]
+    if passed_over:
+        kinds = ", ".join(
+            f"{n:,} {f'.{kind}' if kind else 'without an ending'}" for kind, n in passed_over.most_common(20)
+        )
+        say(f"{shown}: passed over {passed_over.total():,} members that belong to no image: {kinds}")
+    if dotted:
+        say(f"{shown}: {len(dotted):,} of them look like images; {split_by_webdataset(dotted[0])}")
     if len({extent for indexed in found.values() for extent in indexed.channels}) > 1:
         say(f"{shown}: holds grey and RGB images; grey ones will be read as RGB")
     write_manifest(url, manifest)
@@ -134,7 +146,7 @@ def _list(url: str) -> list[str]:
     try:
         return storage.list_names(url)
     except OSError as error:
-        raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error)}") from error
+        raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error, reading=True)}") from error
 
 
 def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tuple[str, _Indexed]:
@@ -154,54 +166,40 @@ def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tupl
         tell(1)
 
     try:
-        found = read_shard(url, name, see=see)
+        if label_key is None:
+            found = read_shard(url, name, see=see)
+        else:
+            found = read_shard(url, name, see=see, label_file="json", label_of=partial(from_json, key=label_key))
     except DamagedTar as error:
-        return name, _Indexed(None, sizes, channels, 0, (str(error),))
+        return name, _Indexed(None, (), sizes, channels, Counter(), (), (str(error),))
     except OSError as error:
-        return name, _Indexed(None, sizes, channels, 0, (f"{place}: cannot be read: {storage.why(error)}",))
+        return name, _Indexed(
+            None, (), sizes, channels, Counter(), (), (f"{place}: cannot be read: {storage.why(error, reading=True)}",)
+        )
     problems += found.problems
     if not found.samples:
         ends = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
-        problems.append(f"{place}: holds no image (a member that ends in {ends})")
-        return name, _Indexed(None, sizes, channels, found.num_passed_over, tuple(problems))
-    labels: list[int] = []
+        hint = f"; {split_by_webdataset(found.dotted[0])}" if found.dotted else ""
+        problems.append(f"{place}: holds no image (a member that ends in {ends}){hint}")
+    labels: list[Label] = []
     for key, sample in found.samples.items():
-        label, mistake = _label_of(sample, label_key)
-        if mistake:
-            problems.append(f"{place}: {key!r}: {mistake}")
-        if label is not None:
-            labels.append(label)
+        if isinstance(sample.label, BadLabel):
+            problems.append(f"{place}: {key!r}: {sample.label}")
+        elif sample.label is not None:
+            labels.append(sample.label)
+        elif label_key is not None:
+            problems.append(f"{place}: {key!r}: has no .json to take {label_key!r} from")
     if labels and len(labels) < len(found.samples) and not problems:
-        without = next(key for key, sample in found.samples.items() if "cls" not in sample.labels)
+        without = next(key for key, sample in found.samples.items() if sample.label is None)
         problems.append(
             f"{place}: {len(found.samples) - len(labels):,} of {len(found.samples):,} images have no .cls "
             f"({without!r}, for one)"
         )
-    shard = None if problems else _shard(name, found, tuple(labels) if labels else None)
-    return name, _Indexed(shard, sizes, channels, found.num_passed_over, tuple(problems))
+    shard = None if problems else _shard(name, found)
+    return name, _Indexed(shard, tuple(labels), sizes, channels, found.passed_over, found.dotted, tuple(problems))
 
 
-def _label_of(sample: FoundSample, label_key: str | None) -> tuple[int | None, str | None]:
-    """The label, or a mistake in words; neither where there is no label."""
-    if label_key is None:
-        data = sample.labels.get("cls")
-        if data is None:
-            return None, None
-        label = parse_cls(data)
-        return label, None if label is not None else f".cls holds {data[:20]!r}, not a whole number from 0 on"
-    if "json" not in sample.labels:
-        return None, f"has no .json to take {label_key!r} from"
-    try:
-        content: Any = json.loads(sample.labels["json"])
-    except ValueError as error:
-        return None, f".json is not JSON ({error})"
-    value = content.get(label_key) if isinstance(content, dict) else None
-    if type(value) is not int or value < 0:
-        return None, f".json holds {value!r} under {label_key!r}, not a whole number from 0 on"
-    return value, None
-
-
-def _shard(name: str, found: FoundShard, labels: tuple[int, ...] | None) -> Shard:
+def _shard(name: str, found: FoundShard) -> Shard:
     samples = found.samples.values()
     return Shard(
         name=name,
@@ -211,7 +209,7 @@ def _shard(name: str, found: FoundShard, labels: tuple[int, ...] | None) -> Shar
         offsets=tuple(sample.offset for sample in samples),
         sizes=tuple(sample.size for sample in samples),
         extensions=tuple(sample.extension for sample in samples),
-        labels=labels,
+        labels=None,
         crc32=tuple(sample.crc32 for sample in samples),
     )
 
@@ -225,9 +223,21 @@ def _join(found: list[_Indexed], shown: str, label_key: str | None) -> Manifest:
             other = owners.setdefault(key, shard.name)
             if other != shard.name:
                 problems.append(f"{shown}: the key {key!r} is in {other} and in {shard.name}; keys must be unique")
-    unlabelled = [shard.name for shard in shards if shard.labels is None]
+    unlabelled = [indexed.shard.name for indexed in found if indexed.shard is not None and not indexed.labels]
     if unlabelled and len(unlabelled) < len(shards):
         problems.append(f"{shown}: {unlabelled[0]} has no labels, and other shards have some")
+    labels = [label for indexed in found for label in indexed.labels]
+    classes: tuple[str, ...] | None = None
+    if labels and not problems:
+        try:
+            classes, number_of = classes_of(labels)
+        except BadLabel as error:
+            problems.append(f"{shown}: {error}")
+        else:
+            shards = tuple(
+                replace(shard, labels=tuple(number_of[label] for label in indexed.labels))
+                for shard, indexed in zip(shards, found, strict=True)
+            )
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN:,} more"] if len(problems) > MAX_SHOWN else []
         raise UserError(
@@ -239,11 +249,10 @@ def _join(found: list[_Indexed], shown: str, label_key: str | None) -> Manifest:
     sizes: Counter[tuple[int, int]] = sum((indexed.sizes for indexed in found), Counter())
     channels: Counter[int] = sum((indexed.channels for indexed in found), Counter())
     sides = {side for size in sizes for side in size}
-    labels = [label for shard in shards for label in shard.labels or ()]
     return Manifest(
         resolution=sides.pop() if len(sides) == 1 else None,
         channels=max(channels),
-        classes=numbered_classes(labels) if labels else None,
+        classes=classes,
         shards=shards,
         origin=f"{_FROM_JSON}{label_key!r}" if label_key else "dist-gan index",
     )
@@ -266,7 +275,7 @@ def _verify_shard(look_inside: bool, url: str, expected: _Expected, tell: Tell) 
     except FileNotFoundError:
         return shard.name, [f"{place}: is not there"]
     except OSError as error:
-        return shard.name, [f"{place}: cannot be read: {storage.why(error)}"]
+        return shard.name, [f"{place}: cannot be read: {storage.why(error, reading=True)}"]
     except DamagedTar as error:
         return shard.name, [*problems, str(error)]
     if found.bytes != shard.bytes:
@@ -305,9 +314,10 @@ def _differences(expected: _Expected, found: FoundShard) -> list[str]:
             problems.append(f"{key!r}: offset, size and extension are {real}, the manifest says {stated}")
         if shard.crc32 is not None and shard.crc32[row] != sample.crc32:
             problems.append(f"{key!r}: its CRC-32 is not the manifest's")
-        if "cls" in sample.labels and shard.labels is not None and expected.labels_in_cls:
-            label = parse_cls(sample.labels["cls"])
-            if label != shard.labels[row]:
-                problems.append(f"{key!r}: .cls holds {label}, the manifest says {shard.labels[row]}")
+        if sample.label is not None and shard.labels is not None and expected.labels_in_cls:
+            if isinstance(sample.label, BadLabel):
+                problems.append(f"{key!r}: {sample.label}, the manifest says {shard.labels[row]}")
+            elif sample.label != shard.labels[row]:
+                problems.append(f"{key!r}: .cls holds {sample.label}, the manifest says {shard.labels[row]}")
     unknown = sorted(found.samples.keys() - set(shard.keys))
     return problems + [f"{key!r} is in the tar and not in the manifest" for key in unknown]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
+from dist_gan.data.labels import numbered_classes, parse_label_file
 from dist_gan.images import EXTENSIONS
 from dist_gan.types import UserError
 
 MAX_SHOWN = 10
 LABEL_FILE = "dataset.json"
+_LABEL_FILE_BYTES, _LABEL_BYTES = 2**20, 2**10
+"""Bytes that a label file may have, and as many more for each image."""
+HIDDEN = "hidden files"
+_KINDS_SHOWN = 20
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
@@ -73,7 +78,14 @@ class Problems:
         raise UserError(f"{self._place}: {len(self._found)} mistakes:", *shown, *more)
 
 
-def list_images(files: Iterable[File], folders: Iterable[str], *, place: str, read: Callable[[str], bytes]) -> Listing:
+def list_images(
+    files: Iterable[File],
+    folders: Iterable[str],
+    *,
+    place: str,
+    read: Callable[[str], bytes],
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Listing:
     """The images among files, with a label each where folders or `dataset.json` give one.
 
     Folders that hold everything else are passed through; then the first folder of a path is its class, and names
@@ -84,45 +96,50 @@ def list_images(files: Iterable[File], folders: Iterable[str], *, place: str, re
         folders: all folders, as relative paths; needed to see empty ones.
         place: name of the source for errors.
         read: bytes of a file, for `dataset.json`.
+        left_out: paths that the source has passed over already, by reason.
 
     Raises:
         UserError: all mistakes together.
     """
     problems = Problems(place)
     images: list[File] = []
-    label_files: list[str] = []
+    label_files: list[File] = []
     others: Counter[str] = Counter()
+    hidden: list[str] = []
     for file in files:
-        if _is_ignored(file.path):
-            continue
         extension = _extension(file.path)
-        if extension in EXTENSIONS:
+        if _is_ignored(file.path):
+            hidden.append(file.path)
+        elif extension in EXTENSIONS:
             images.append(file)
         elif posixpath.basename(file.path) == LABEL_FILE:
-            label_files.append(file.path)
+            label_files.append(file)
         else:
-            others[extension or "(none)"] += 1
-    notes = _notes(others)
+            others[extension] += 1
+    label_files.sort(key=lambda file: (len(file.path), file.path))
+    others.update(_extension(file.path) for file in label_files[1:])
+    notes = _notes(others, {HIDDEN: hidden, **left_out})
     if not images:
         found = f" ({notes[0]})" if notes else ""
         raise UserError(f"{place}: no images there{found}; images end in .{', .'.join(EXTENSIONS)}")
     root = _common_root([image.path for image in images], [f for f in folders if not _is_ignored(f)])
-    label_file = min(label_files, key=len) if label_files else None
     classes: tuple[str, ...] | None
-    if label_file is not None:
-        base = posixpath.dirname(label_file)
+    if label_files:
+        label_file = label_files[0]
+        base = posixpath.dirname(label_file.path)
         root = posixpath.commonpath([root, base]) if root and base else ""
-        labels, classes = _labels_from_json(images, label_file, read(label_file), problems)
+        limit = _LABEL_FILE_BYTES + _LABEL_BYTES * len(images)
+        if label_file.size > limit:
+            raise UserError(
+                f"{place}: {label_file.path} has {label_file.size:,} bytes, too many for the labels of {len(images):,} images "
+                f"(at most {limit:,}); write it again, or leave it out and put each class into a folder"
+            )
+        labels, classes = _labels_from_json(images, label_file.path, read(label_file.path), problems)
     else:
         labels, classes = _labels_from_folders(images, folders, root, problems)
     entries = _entries(images, labels, root, problems)
     problems.raise_if_any()
     return Listing(entries=entries, classes=classes, notes=notes)
-
-
-def numbered_classes(labels: Sequence[int]) -> tuple[str, ...]:
-    """Names for classes that are only numbers: "0" up to the highest."""
-    return tuple(str(number) for number in range(max(labels) + 1))
 
 
 def folders_of(names: Iterable[str]) -> set[str]:
@@ -144,11 +161,20 @@ def _extension(path: str) -> str:
     return posixpath.splitext(path)[1][1:].lower()
 
 
-def _notes(others: Counter[str]) -> tuple[str, ...]:
-    if not others:
+def _notes(others: Counter[str], left_out: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """One sentence about all files that are no images to us, by reason; none where there are no such files."""
+    reasons = []
+    if others:
+        shown = others.most_common(_KINDS_SHOWN)
+        kinds = [f"{count:,} {f'.{kind}' if kind else 'without an ending'}" for kind, count in shown]
+        rest = others.total() - sum(count for _, count in shown)
+        kinds += [f"{rest:,} with other endings"] if rest else []
+        reasons.append(f"not an image type that is read: {', '.join(kinds)}")
+    reasons += [f"{reason}: {len(paths):,} ({paths[0]!r})" for reason, paths in left_out.items() if paths]
+    if not reasons:
         return ()
-    kinds = ", ".join(f"{count:,} {'.' if kind != '(none)' else ''}{kind}" for kind, count in others.most_common(5))
-    return (f"passed over {sum(others.values()):,} files that are no images: {kinds}",)
+    total = others.total() + sum(len(paths) for paths in left_out.values())
+    return (f"passed over {total:,} files: {'; '.join(reasons)}",)
 
 
 def _common_root(images: Sequence[str], folders: Sequence[str]) -> str:
@@ -200,7 +226,7 @@ def _labels_from_json(
     images: Sequence[File], label_file: str, data: bytes, problems: Problems
 ) -> tuple[list[int | None], tuple[str, ...] | None]:
     none: list[int | None] = [None] * len(images)
-    stated, mistake = _parse_label_file(data)
+    stated, mistake = parse_label_file(data)
     if mistake:
         problems.add(f"{label_file}: {mistake}")
     if stated is None:
@@ -221,31 +247,6 @@ def _labels_from_json(
         return none, None
     labels: list[int | None] = [by_path[image.path] for image in images]
     return labels, numbered_classes(list(by_path.values()))
-
-
-def _parse_label_file(data: bytes) -> tuple[dict[str, int] | None, str | None]:
-    """Labels by name, None for "no labels"; and a mistake in words."""
-    try:
-        content: Any = json.loads(data)
-    except ValueError as error:
-        return None, f"is not JSON ({error})"
-    pairs = content.get("labels", ...) if isinstance(content, dict) else ...
-    if pairs is None:
-        return None, None
-    shape = 'must be {"labels": [["folder/name.png", 6], ...]} or {"labels": null}'
-    if not isinstance(pairs, list) or not pairs:
-        return None, shape
-    labels: dict[str, int] = {}
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
-            return None, f"{shape}, and holds {pair!r}"
-        name, label = pair
-        if type(label) is not int or label < 0:
-            return None, f"the label of {name!r} is {label!r}, not a whole number from 0 on"
-        if name in labels:
-            return None, f"{name!r} has two labels"
-        labels[name] = label
-    return labels, None
 
 
 def _entries(images: Sequence[File], labels: Sequence[int | None], root: str, problems: Problems) -> tuple[Entry, ...]:

@@ -110,12 +110,11 @@ def pack(
     """
     _check_options(resolution, channels, samples_per_shard, upscale, pad, workers)
     folder = open_destination(dest, source)
-    for note in source.notes:
-        say(f"{source.place}: {note}")
     plan = _plan_of(source, resolution, channels, samples_per_shard, upscale, pad, labels)
     names = folder.names()
     finished = already_packed(folder, names, plan, say)
     if finished is not None:
+        _say_notes(source, say)
         return finished
     settled = begun(folder, names, plan)
     folder.make()
@@ -214,17 +213,25 @@ def _write(
     settings: ShardSettings, missing: list[ShardJob], processes: Workers[Reader], *, tell: Tell, place: str
 ) -> None:
     bad: list[Bad] = []
+    begun: list[ShardJob] = []
 
     def until_bad() -> Iterator[ShardJob]:
         for job in missing:
             if bad:
                 return
             settings.folder.check_alone()
+            begun.append(job)
             yield job
 
     for found in processes.run(partial(write_shard, settings), until_bad(), tell=tell):
         bad.extend(found)
-    raise_if_bad(bad, place=place)
+    seen = None if len(begun) == len(missing) else sum(len(job.entries) for job in begun)
+    raise_if_bad(bad, place=place, seen=seen)
+
+
+def _say_notes(source: Source, say: Callable[[str], None]) -> None:
+    for note in source.notes:
+        say(f"{source.place}: {note}")
 
 
 def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Callable[[str], None]) -> Manifest:
@@ -249,8 +256,9 @@ def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Calla
         shards=shards,
         origin=_origin(source, settings.plan),
     )
+    _say_notes(source, say)
     if skipped:
-        lines = "".join(f"{image.member}\t{' '.join(image.reason.split())}\n" for image in skipped)
+        lines = "".join(f"{safe(image.member)}\t{safe(' '.join(image.reason.split()))}\n" for image in skipped)
         storage.publish(storage.join(folder.url, SKIPPED), lines.encode("utf-8"))
         listed = storage.join(folder.url, SKIPPED)
         say(f"{source.place}: left out {len(skipped):,} bad images; they are listed in {listed}")

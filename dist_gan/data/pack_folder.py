@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
 from dist_gan.data.destinations import OWNER, Destination
+from dist_gan.data.labels import parse_json
 from dist_gan.data.manifest import Manifest, check_shards, read_manifest
 from dist_gan.types import UserError
 
@@ -62,9 +63,11 @@ def begun(folder: Destination, names: Mapping[str, int | None], plan: str) -> Se
         return None
     ((_, data),) = folder.read_each({PLAN: size})
     try:
-        content = json.loads(data or b"")
+        content = parse_json(data or b"")
         same = content["plan"] == plan
         settled = Settled(content["resolution"], content["channels"])
+        if any(type(value) is not int for value in settled) or settled.resolution < 1 or settled.channels not in (1, 3):
+            raise ValueError("it holds no size of images")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"destination {folder.url}: {PLAN} cannot be read ({error}); empty the folder first") from error
     if not same:

@@ -218,7 +218,7 @@ class PieceReader:
             found = error
         # The beginning of this run was read with the same settings: what fails now is no mistake in them.
         later = "data.patience_s says how long it is asked again"
-        raise TrainingFailed(str(failure(found, place, later=later))) from found
+        raise TrainingFailed(*failure(found, place, later=later).args) from found
 
     def _shard(self, piece: Piece) -> Shard:
         return self._sources[piece.source].manifest.shards[piece.shard]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -19,13 +18,14 @@ from webdataset.writer import TarWriter
 from dist_gan import storage
 from dist_gan.data.destinations import Destination
 from dist_gan.data.fetching import ahead
+from dist_gan.data.labels import parse_json
 from dist_gan.data.listing import MAX_SHOWN, Entry
 from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
 from dist_gan.data.processes import Tell
-from dist_gan.data.sources import Reader
+from dist_gan.data.sources import UNREADABLE, Reader
 from dist_gan.data.store_source import at_once
 from dist_gan.data.tar_scan import TarScan
-from dist_gan.images import BadImage, encode_png, examine, fit
+from dist_gan.images import MAX_FILE_BYTES, BadImage, encode_png, examine, fit
 from dist_gan.types import TrainingFailed, UserError
 
 _TELL_EVERY = 64
@@ -130,10 +130,10 @@ def finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterat
 
 def _finished(index: bytes, number: int, names: Mapping[str, int | None], *, plan: str) -> Finished | None:
     try:
-        content = json.loads(index)
+        content = parse_json(index)
         if content["plan"] != plan:
             return None
-        skipped = tuple(Bad(member, reason) for member, reason in content["skipped"])
+        skipped = tuple(Bad(str(member), str(reason)) for member, reason in content["skipped"])
         if content["shard"] is None:
             return Finished(None, skipped)
         shard = shard_from_json(content["shard"], place=index_name(number))
@@ -160,8 +160,6 @@ def _write_tar(
                 data, extension = _prepared(settings, get(), entry)
             except BadImage as error:
                 bad.append(Bad(error.name, error.reason))
-                if not settings.skip_bad and len(bad) == MAX_SHOWN:
-                    break
             else:
                 if not bad or settings.skip_bad:
                     sample = {"__key__": entry.key, extension: data}
@@ -200,23 +198,26 @@ def read_entry(reader: Reader, entry: Entry) -> bytes | np.ndarray:
     Raises:
         BadImage: the source does not give it.
     """
+    if entry.size > MAX_FILE_BYTES:
+        raise BadImage(entry.member, f"{entry.size:,} bytes are more than a picture may have ({MAX_FILE_BYTES:,})")
     try:
         opened = reader.open(entry)
         if isinstance(opened, np.ndarray):
             return opened
         with opened as file:
-            return file.read()
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (UserError, TrainingFailed):
+        raise
     except UNREADABLE as error:
         raise BadImage(entry.member, f"cannot be read ({error})") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BadImage(entry.member, f"it has more than {MAX_FILE_BYTES:,} bytes")
+    return data
 
 
 def size_of(entry: Entry) -> int:
     """Bytes of an image in its source."""
     return entry.size
-
-
-UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError)
-"""What sources raise on an image that they cannot give."""
 
 
 def _scan_own(path: Path, name: str) -> Shard:
@@ -228,13 +229,13 @@ def _scan_own(path: Path, name: str) -> Shard:
         for member in scan:
             key, _, extension = member.name.rpartition(".")
             if extension == "cls":
-                labels.append(int(member.data))
+                labels.append(int(member.data or b""))
                 continue
             keys.append(key)
             offsets.append(member.offset)
             sizes.append(member.size)
             extensions.append(extension)
-            sums.append(zlib.crc32(member.data))
+            sums.append(zlib.crc32(member.data or b""))
     return Shard(
         name=name,
         bytes=size,
@@ -248,12 +249,20 @@ def _scan_own(path: Path, name: str) -> Shard:
     )
 
 
-def raise_if_bad(bad: list[Bad], *, place: str) -> None:
-    """Raises: UserError that lists the first bad images of a source."""
+def raise_if_bad(bad: list[Bad], *, place: str, seen: int | None = None) -> None:
+    """Raises: UserError that lists the first bad images of a source.
+
+    Args:
+        bad: all that were found.
+        place: name of the source.
+        seen: images that were looked at until then, where these were not all.
+    """
     if not bad:
         return
     first = sorted(bad)[:MAX_SHOWN]
-    more = [] if len(bad) <= MAX_SHOWN else [f"and more ({len(bad)} seen until the pack stopped)"]
+    among = "" if seen is None else f" among the {seen:,} images that were looked at; there may be others behind them"
+    more = [f"and {len(bad) - MAX_SHOWN:,} more{among}"] if len(bad) > MAX_SHOWN else []
+    more += [f"({among[1:]})"] if among and not more else []
     raise UserError(
         f"{place}: images that cannot be packed:",
         *(f"- {image.member}: {image.reason}" for image in first),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
+import math
 import os
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -14,11 +18,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dist_gan import storage
-from dist_gan.data.listing import Entry, File, folders_of, list_images, numbered_classes
+from dist_gan.data.labels import MAX_CLASSES, numbered_classes
+from dist_gan.data.listing import Entry, File, folders_of, list_images
 from dist_gan.data.store_source import StoreSource
+from dist_gan.data.walking import walk
 from dist_gan.types import UserError
 
 Pixels = NDArray[np.uint8]
+UNREADABLE = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, KeyError,
+    RuntimeError, ValueError, IndexError, OverflowError,
+)  # fmt: skip
+"""What folders and zips raise on a file that they cannot give."""
+_UNIX = 3
+"""Of the systems that a zip may come from, the one whose links are marked."""
 
 
 class Reader(Protocol):
@@ -81,13 +94,14 @@ class FolderSource:
     def __init__(self, path: str) -> None:
         self.place = path
         root = Path(path)
-        files: list[File] = []
-        folders: list[str] = []
-        try:
-            _walk(root, "", files, folders)
-        except OSError as error:
-            raise UserError(f"{error.filename or path}: cannot be read: {storage.why(error)}") from error
-        listing = list_images(files, folders, place=path, read=lambda name: (root / name).read_bytes())
+        found = walk(path)
+        listing = list_images(
+            found.files,
+            found.folders,
+            place=path,
+            read=lambda name: _read_file(root / name),
+            left_out=found.left_out,
+        )
         self.entries, self.classes, self.notes = listing.entries, listing.classes, listing.notes
         self.identity = ""
         self.reader: Reader = _FolderReader(str(root.absolute()))
@@ -104,7 +118,8 @@ class ZipSource:
         self.place = path
         try:
             with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
+                members = [member for member in archive.infolist() if not _is_link(member)]
+                links = [member.filename for member in archive.infolist() if _is_link(member)]
                 locked = next((m.filename for m in members if m.flag_bits & 1), None)
                 if locked is not None:
                     raise UserError(f"{path}: {locked!r} is encrypted; unpack the zip and give the folder")
@@ -113,11 +128,14 @@ class ZipSource:
                     sorted(folders_of(m.filename for m in members)),
                     place=path,
                     read=archive.read,
+                    left_out={"links": links},
                 )
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path}: is not a whole zip ({error}); download or copy it again") from error
+        except UserError:
+            raise
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {storage.why(error)}") from error
+            raise UserError(f"{path}: cannot be read: {storage.why(error, reading=True)}") from error
+        except UNREADABLE as error:
+            raise UserError(f"{path}: is not a whole zip ({error}); download or copy it again") from error
         self.entries, self.classes, self.notes = listing.entries, listing.classes, listing.notes
         self.identity = hashlib.sha256(repr(sorted((m.filename, m.CRC) for m in members)).encode()).hexdigest()
         self.reader: Reader = _ZipReader(str(Path(path).absolute()))
@@ -168,19 +186,21 @@ class NpzSource(ArraySource):
 
     def __init__(self, path: str) -> None:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if not isinstance(arrays, np.lib.npyio.NpzFile):
+            with open(path, "rb") as file:
+                if file.read(6) == b"\x93NUMPY":
                     raise UserError(f"{path}: holds one bare array; write it with numpy.savez(path, images=...)")
-                if "images" not in arrays:
-                    found = ", ".join(arrays.files) or "nothing"
-                    raise UserError(f"{path}: no array 'images' in it (found: {found}); rename the array of pixels")
+            with zipfile.ZipFile(path) as archive:
+                _check_headers(archive, path)
+            with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["images"]
                 labels = arrays.get("labels")
         except UserError:
             raise
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {storage.why(error)}") from error
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: cannot be read: {storage.why(error, reading=True)}") from error
+        except MemoryError as error:
+            raise UserError(f"{path}: its images do not fit into memory; give them as files in a folder") from error
+        except (*UNREADABLE, SyntaxError, TypeError) as error:
             raise UserError(f"{path}: is not a whole npz of plain numbers ({error}); write it again") from error
         super().__init__(images, labels, place=path)
         self.reader = _NpzReader(str(Path(path).absolute()))
@@ -231,15 +251,61 @@ class _NpzReader:
         return {"_path": self._path, "_images": None}
 
 
-def _walk(folder: Path, prefix: str, files: list[File], folders: list[str]) -> None:
-    with os.scandir(folder) as found:
-        for item in sorted(found, key=lambda item: item.name):
-            path = f"{prefix}{item.name}"
-            if item.is_dir():
-                folders.append(path)
-                _walk(Path(item.path), f"{path}/", files, folders)
-            elif stat.S_ISREG(item.stat().st_mode):
-                files.append(File(path, item.stat().st_size))
+def _is_link(member: zipfile.ZipInfo) -> bool:
+    return member.create_system == _UNIX and stat.S_ISLNK(member.external_attr >> 16)
+
+
+def _check_headers(archive: zipfile.ZipFile, place: str) -> None:
+    """Compares what the headers of an npz say with its members, before any memory is taken.
+
+    Raises:
+        UserError: an array is missing, has another type or shape, or cannot be there as it is announced.
+        ValueError: a header is damaged.
+    """
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if "images" not in names:
+        found = ", ".join(names[:10]) or "nothing"
+        raise UserError(f"{place}: no array 'images' in it (found: {found}); rename the array of pixels")
+    images = _announced(archive, "images", place)
+    _check_pixels(images, place)
+    if "labels" in names:
+        _check_label_shape(_announced(archive, "labels", place), len(images), place)
+
+
+def _announced(archive: zipfile.ZipFile, name: str, place: str) -> NDArray[Any]:
+    """An array of the shape and type in a header, whose elements are all one and take no memory."""
+    member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+    with archive.open(member) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except OSError:
+            raise
+        except Exception as error:  # a header is half a program, and numpy raises whatever its parser does
+            raise ValueError(f"the header of the array {name!r} is damaged: {type(error).__name__}") from error
+        if dtype.hasobject:
+            raise ValueError(f"the array {name!r} holds Python objects")
+        if any(type(extent) is not int or extent < 0 for extent in shape):
+            raise ValueError(f"the array {name!r} has the shape {shape}")
+        needed = math.prod(shape) * dtype.itemsize
+        there = member.file_size - file.tell()
+    if needed != there:
+        raise ValueError(f"the array {name!r} is announced with {needed:,} bytes and has {there:,}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(
+            f"{place}: the array {name!r} takes {needed:,} bytes, and this machine has {memory:,} of memory; give the "
+            f"images as files in a folder"
+        )
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {storage.why(error, reading=True)}") from error
 
 
 def _with_channel_axis(images: NDArray[Any]) -> NDArray[Any]:
@@ -260,13 +326,17 @@ def _check_pixels(images: NDArray[Any], place: str) -> Pixels:
 
 
 def _check_labels(labels: NDArray[Any], count: int, classes: tuple[str, ...] | None, place: str) -> list[int]:
+    _check_label_shape(labels, count, place)
+    low, high = int(labels.min()), int(labels.max())
+    limit = len(classes) if classes is not None else MAX_CLASSES
+    if low < 0 or high >= limit:
+        raise UserError(f"{place}: 'labels' reaches from {low} to {high}; labels are numbers from 0 to {limit - 1:,}")
+    return [int(label) for label in labels.reshape(-1)]
+
+
+def _check_label_shape(labels: NDArray[Any], count: int, place: str) -> None:
     if labels.shape not in ((count,), (count, 1)) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
             f"{place}: 'labels' has the shape {labels.shape} and the type {labels.dtype}; it must hold one whole "
             f"number for each of the {count:,} images"
         )
-    low, high = int(labels.min()), int(labels.max())
-    limit = len(classes) if classes is not None else 2**20
-    if low < 0 or high >= limit:
-        raise UserError(f"{place}: 'labels' reaches from {low} to {high}; labels are numbers from 0 to {limit - 1:,}")
-    return [int(label) for label in labels.reshape(-1)]

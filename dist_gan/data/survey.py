@@ -13,11 +13,11 @@ import numpy as np
 from dist_gan.data.fetching import ahead
 from dist_gan.data.listing import Entry
 from dist_gan.data.processes import Tell, Workers
-from dist_gan.data.shard_writer import UNREADABLE, Bad, chunks, raise_if_bad, size_of
-from dist_gan.data.sources import Reader, Source
+from dist_gan.data.shard_writer import Bad, chunks, raise_if_bad, size_of
+from dist_gan.data.sources import UNREADABLE, Reader, Source
 from dist_gan.data.store_source import HEAD_BYTES, StoreReader, at_once
-from dist_gan.images import BadImage, Header, header
-from dist_gan.types import UserError
+from dist_gan.images import MAX_FILE_BYTES, BadImage, Header, header
+from dist_gan.types import TrainingFailed, UserError
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 1024
 _CHUNK = 1000
@@ -103,13 +103,17 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
 
 
 def _header(reader: Reader, entry: Entry) -> Header:
-    if isinstance(reader, StoreReader) and entry.size > HEAD_BYTES:
+    if isinstance(reader, StoreReader) and HEAD_BYTES < entry.size <= MAX_FILE_BYTES:
         try:
             return header(reader.open_head(entry), name=entry.member)
         except BadImage:
             pass  # of the beginning alone nothing can be said
+    if entry.size > MAX_FILE_BYTES:
+        raise BadImage(entry.member, f"{entry.size:,} bytes are more than a picture may have ({MAX_FILE_BYTES:,})")
     try:
         opened = reader.open(entry)
+    except (UserError, TrainingFailed):
+        raise
     except UNREADABLE as error:
         raise BadImage(entry.member, f"cannot be read ({error})") from error
     if isinstance(opened, np.ndarray):

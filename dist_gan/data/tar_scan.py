@@ -7,16 +7,25 @@ the samples behind it. Here a cut archive, a bad checksum, zeros in the middle a
 from __future__ import annotations
 
 import hashlib
+import re
+import reprlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from dist_gan.images import MAX_FILE_BYTES
+
 BLOCK = 512
 _CHUNK = 2**20
+_EXTENDED = 2**20
+"""Bytes of an extended header or a long name, which are held together."""
+_DIGITS = 20
+"""Of the longest size that an extended header may state: more than any file system has."""
 _ZEROS = bytes(BLOCK)
 _CHECKSUM_AS_SPACES = 8 * 32
 _REGULAR = (b"0", b"\0", b"7")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"K", b"x", b"g", b"5"
 _KINDS = {b"1": "hard link", b"2": "symbolic link", b"S": "sparse file"}
+_OCTAL = re.compile(rb"[0-7]+")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"PK": "zip", b"\x28\xb5": "zstd"}
 
 
@@ -38,7 +47,8 @@ class Member(NamedTuple):
     offset: int
     """Of the first byte of the data, from the start of the archive."""
     size: int
-    data: bytes
+    data: bytes | None
+    """None where it is larger than what is held in memory."""
 
 
 class TarScan:
@@ -48,6 +58,7 @@ class TarScan:
         file: at its first byte.
         size: bytes of the file.
         place: name of the archive for errors.
+        hold: bytes of a member that are held in memory at most; of a larger one the data are not given.
 
     Attributes:
         sha256: of the whole file in hex; there after the last member has been taken.
@@ -56,11 +67,12 @@ class TarScan:
         DamagedTar: while iterating, at the first thing that a whole archive does not have.
     """
 
-    def __init__(self, file: BinaryIO, *, size: int, place: str) -> None:
+    def __init__(self, file: BinaryIO, *, size: int, place: str, hold: int = MAX_FILE_BYTES) -> None:
         self.sha256 = ""
         self._file = file
         self._size = size
         self._place = place
+        self._hold = hold
         self._position = 0
         self._digest = hashlib.sha256()
 
@@ -85,6 +97,8 @@ class TarScan:
                     start, f"{missing:,} bytes of a file of {size:,} are missing; the archive was cut off"
                 )
             if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL):
+                if size > _EXTENDED:
+                    raise self._damage(start, f"an extended header of {size:,} bytes; no name or number needs so many")
                 data = self._read_data(size)
                 if kind == _LONG_NAME:
                     long_name = self._text(data.rstrip(b"\0"), start)
@@ -94,13 +108,17 @@ class TarScan:
             name = pax.get("path") or long_name or self._header_name(block, start)
             long_name, sparse, pax = None, any(key.startswith("GNU.sparse") for key in pax), {}
             if kind == _FOLDER:
-                self._read_data(size)
+                self._pass(size)
                 continue
             if kind not in _REGULAR or sparse:
                 what = "sparse file" if sparse else _KINDS.get(kind, f"special file (type {kind!r})")
                 raise self._damage(start, f"{name!r} is a {what}; only regular files hold samples")
             offset = self._position
-            yield Member(name, offset, size, self._read_data(size))
+            if size > self._hold:
+                self._pass(size)
+                yield Member(name, offset, size, None)
+            else:
+                yield Member(name, offset, size, self._read_data(size))
 
     def _damage(self, offset: int, reason: str) -> DamagedTar:
         return DamagedTar(self._place, offset, reason)
@@ -123,6 +141,12 @@ class TarScan:
         if padding:
             self._read(padding, what="the padding of a file")
         return data
+
+    def _pass(self, size: int) -> None:
+        """Reads data that nobody wants, for the hash alone."""
+        end = self._position + size + -size % BLOCK
+        while self._position < end:
+            self._read(min(_CHUNK, end - self._position), what="a file")
 
     def _read_end(self, start: int) -> None:
         """A whole archive ends with two blocks of zeros and has only zeros behind them."""
@@ -163,8 +187,8 @@ class TarScan:
         return self._text(prefix + b"/" + name if prefix else name, start)
 
     def _pax_size(self, text: str, start: int) -> int:
-        if not (text.isascii() and text.isdigit()):
-            raise self._damage(start, f"the size {text!r} is no number")
+        if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS):
+            raise self._damage(start, f"the size {reprlib.repr(text)} is no number of bytes")
         return int(text)
 
     def _text(self, raw: bytes, start: int) -> str:
@@ -175,26 +199,25 @@ class TarScan:
 
     def _read_pax(self, data: bytes, start: int) -> dict[str, str]:
         records: dict[str, str] = {}
-        while data:
-            digits, _, _ = data.partition(b" ")
-            length = int(digits) if digits.isdigit() else 0
-            record = data[len(digits) + 1 : length]
-            if length <= len(digits) + 1 or length > len(data) or not record.endswith(b"\n") or b"=" not in record:
+        at = 0
+        while at < len(data):
+            space = data.find(b" ", at, at + _DIGITS)
+            digits = data[at : max(at, space)]
+            end = at + int(digits) if digits.isdigit() else at
+            record = data[space + 1 : end]
+            if end <= space + 1 or end > len(data) or not record.endswith(b"\n") or b"=" not in record:
                 raise self._damage(start, "an extended header is damaged")
             keyword, _, value = record[:-1].partition(b"=")
             # Records other than these (owner, times) may be binary and say nothing about the data.
             if keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse"):
                 records[keyword.decode("ascii", "replace")] = self._text(value, start)
-            data = data[length:]
+            at = end
         return records
 
 
 def _octal(field: bytes) -> int | None:
     text = field.split(b"\0", 1)[0].strip()
-    try:
-        return int(text, 8) if text else None
-    except ValueError:
-        return None
+    return int(text, 8) if _OCTAL.fullmatch(text) else None
 
 
 def _number(field: bytes) -> int | None:

@@ -1,8 +1,8 @@
 """train.py with a recorder, or with a fault on one rank: instrumented.py OUT FAULT[:DRAW] CONFIG [key=value ...].
 
 FAULT is `record`, or what rank 1 does when it takes its DRAW-th batch: `hang`, `kill`, `corrupt` a weight, `nan-once`, or
-from there on always `nan`; or what it starts with: other `settings`, other `code`, another `package`. Every rank leaves the
-keys and the latents' hash of each batch in OUT.
+from there on always `nan`; or what it starts with: other `settings`, other `code`, another `package`. Every rank leaves
+keys, labels, and the hashes of images and latents of each batch in OUT.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dist_gan.config_reader import load_config
 from dist_gan.data.stream import ImageStream
 from dist_gan.runtime import Runtime
 from dist_gan.trainer import Run
-from dist_gan.types import Batch
+from dist_gan.types import Batch, byte_range
 
 OUT, (FAULT, _, DRAW) = Path(sys.argv[1]), sys.argv[2].partition(":")
 RANK = int(os.environ.get("RANK", "0"))
@@ -44,6 +44,8 @@ def instrument() -> None:
         rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in latents.cpu()]
         with open(OUT / f"rank-{RANK}.jsonl", "a") as file:
             line = {"draw": batch.draw, "slots": batch.slots.tolist(), "keys": batch.keys, "latents": rows}
+            line["labels"] = None if batch.labels is None else batch.labels.tolist()
+            line["images"] = [hashlib.sha256(byte_range(image).numpy().tobytes()).hexdigest() for image in batch.images]
             file.write(json.dumps(line) + "\n")
         if RANK == WORLD_SIZE - 1 and FAULT == "nan" and batch.draw >= int(DRAW):
             (OUT / "fault-fired").write_text(FAULT)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,84 @@ def test_a_folder_that_somebody_removes_costs_speed_and_nothing_else(tmp_path: P
     cache.drop("a")
     assert cache.get("a", size=5) is None
     assert cache.get("b", size=5) is None
+
+
+# -- a folder that others can change ----------------------------------------------------------------------------------
+
+
+def odd_things(kind: str, place: Path, victim: Path) -> None:
+    """Puts something where the cache expects a file or folder of its own."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "folder":
+        place.mkdir()
+        (place / "mine").write_bytes(b"precious")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "digits":
+        place.write_bytes(b"9" * 5000)
+    elif kind == "minus":
+        place.write_bytes(b"-5")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "digits", "minus"])
+@pytest.mark.parametrize("place", [".bytes", "folder", "file"])
+def test_whatever_stands_in_the_folder_nothing_is_raised_and_no_link_is_followed(
+    kind: str, place: str, tmp_path: Path
+) -> None:
+    (victims := tmp_path / "victims").mkdir()
+    victim = victims / "thesis"
+    victim.write_bytes(b"precious")
+    cache = DiskCache(str(tmp_path / "cache"), limit=1000)
+    cache.put("a", b"12345")
+    path = cache._path("a")
+    odd = {".bytes": cache._folder / ".bytes", "folder": path.parent, "file": path}[place]
+    odd_things(kind, odd, victims if place == "folder" and kind == "link" else victim)
+    for _ in range(2):
+        cache.put("a", b"12345")
+        assert cache.get("a", size=5) in (None, b"12345")
+        assert cache.get("a", size=8) is None
+        cache.drop("a")
+        for number in range(12):
+            cache.put(str(number), bytes(90))
+        with suppress(UserError):  # a folder with something in it cannot be made way for
+            cache = DiskCache(str(tmp_path / "cache"), limit=1000)
+    assert victim.read_bytes() == b"precious"
+    assert list(victims.iterdir()) == [victim], "something was put or deleted behind the link"
+    assert sum(p.stat().st_size for p in files(cache._folder) if len(p.name) == 64) <= 1000
+
+
+def test_in_a_folder_that_others_may_write_to_a_folder_of_ones_own_is_used(tmp_path: Path) -> None:
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(0o1777)
+    (victim := tmp_path / "victim").write_bytes(b"precious")
+    (shared / ".bytes").symlink_to(victim)
+    (shared / "ab").mkdir()
+    (shared / "ab" / ("ab" * 32)).write_bytes(bytes(10**6))
+    cache = DiskCache(str(shared), limit=1000)
+    cache.put("a", b"12345")
+    assert cache.get("a", size=5) == b"12345"
+    assert victim.read_bytes() == b"precious"
+    assert (shared / "ab" / ("ab" * 32)).exists(), "what the cache has not made is not its to delete"
+    own = shared / f"dist_gan-{os.geteuid()}"
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert DiskCache(str(shared), limit=1000).get("a", size=5) == b"12345"
+    shutil.rmtree(own)
+    own.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"data.disk_cache: .*cannot be used"):
+        DiskCache(str(shared), limit=1000)
+
+
+def test_files_of_others_in_the_folder_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    for name in ("notes.txt", "ab/notes.txt", "photos/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(5000))
+    cache = DiskCache(str(tmp_path), limit=1000)
+    for number in range(30):
+        cache.put(str(number), bytes(90))
+    assert all((tmp_path / name).exists() for name in ("notes.txt", "ab/notes.txt", "photos/1.jpg"))
+    assert cache.get("29", size=90) is not None

@@ -213,7 +213,9 @@ def test_hidden_and_other_files_are_passed_over_and_counted(tmp_path: Path) -> N
         source = open_source(path)
         assert len(source.entries) == 10
         assert source.classes == ("cat", "dog")
-        assert "passed over 2 files that are no images" in source.notes[0]
+        assert "passed over 6 files: not an image type that is read: " in source.notes[0]
+        assert "1 .md" in source.notes[0]
+        assert "hidden files: 4 (" in source.notes[0]
 
 
 def test_a_source_lists_the_same_whatever_the_order_of_its_files(tmp_path: Path) -> None:

@@ -400,7 +400,7 @@ def test_what_cannot_be_a_source_is_told_in_a_sentence(bucket: Bucket) -> None:
         "s3://data/none": "s3://data/none: nothing is there; give a folder of images",
         "s3://none/photos": "s3://none/photos: nothing is there",
         "s3://data/empty": "nothing is there",
-        "s3://data/text": "s3://data/text: no images there .passed over 1 files that are no images: 1 .txt.",
+        "s3://data/text": "s3://data/text: no images there .passed over 1 files: not an image type that is read: 1 .txt.",
         "s3://data/a.npz": "packed from local files only; copy them to a disk first",
         "https://host/photos": "https://host/photos: an HTTP server has no listing",
         "s3://KEY:SECRET@data/photos": "came with a user part or a query",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,13 +18,14 @@ from dist_gan import images, storage
 from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Sample, Stage
 from dist_gan.data.manifest import read_manifest
+from dist_gan.data.order import held_out
 from dist_gan.data.pack import pack
 from dist_gan.data.pieces import Source
 from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.types import TrainingFailed, UserError, byte_range
-from tests.conftest import random_images
+from tests.conftest import ROOT, launch, random_images
 
 
 def stream(
@@ -316,6 +319,51 @@ def test_a_mixture_has_another_order_than_any_other_weights(small_shards: Path, 
     for other in ({small_shards: 1, uneven_shards: 1}, {small_shards: 3}, {uneven_shards: 3, small_shards: 1}):
         with pytest.raises(UserError, match="not those of the checkpoint"):
             mixed(other).load_values(kept)
+
+
+def test_balance_mixture_flips_and_a_held_out_share_have_their_effect_through_a_launch(
+    small_shards: Path, uneven_shards: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    pixels, labels = random_images(90, resolution=16, seed=8), np.repeat([0, 1, 2], [60, 20, 10])
+    pack(ArraySource(pixels, labels, class_names=("many", "some", "few")), str(other), workers=1)
+    known: dict[str, tuple[int, str, int, bool]] = {}
+    for source, (faces, seed_labels) in enumerate(
+        [(random_images(300, resolution=16, seed=5), np.repeat([0, 1, 2], [240, 50, 10])), (pixels, labels)]
+    ):
+        for row, image in enumerate(faces.transpose(0, 3, 1, 2)):
+            for mirrored, shown in enumerate((image, image[:, :, ::-1])):
+                digest = hashlib.sha256(np.ascontiguousarray(shown).tobytes()).hexdigest()
+                known[digest] = (source, f"{row:08d}", int(seed_labels[row]), bool(mirrored))
+    arguments = [
+        "configs/dcgan-cifar10.yaml", f"data.url={uneven_shards}", f"data.mix={{{str(other)!r}: 1}}", "data.weight=3",
+        "data.balance=true", "data.flip=true", "data.holdout=0.2", "data.lanes=8", "data.block=8", "networks.classes=3",
+        f"run.dir={tmp_path / 'run'}", "run.images=960", "run.batch=24", "networks.resolution=16", "networks.g_width=4",
+        "networks.d_width=4", "networks.latent_dim=8", "log.samples=4", "runtime.threads=1",
+    ]  # fmt: skip
+    done = launch(
+        ROOT / "tests" / "dist" / "instrumented.py", [str(tmp_path / "out"), "record", *arguments], processes=2
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    slots: dict[int, tuple[str, int, str]] = {}
+    for file in (tmp_path / "out").glob("rank-*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            rows = zip(line["slots"], line["keys"], line["labels"], line["images"], strict=True)
+            slots.update({24 * line["draw"] + slot: (key, label, image) for slot, key, label, image in rows})
+    seen = [slots[position] for position in range(960)]
+    facts = [known[image] for _, _, image in seen]
+    assert [fact[1:3] for fact in facts] == [(key, label) for key, label, _ in seen]
+    sources = np.array([fact[0] for fact in facts])
+    assert sources.reshape(-1, 4).sum(1).tolist() == [1] * 240, "of every four images one comes from the other folder"
+    for source, count in ((0, 720), (1, 240)):
+        drawn = np.bincount([fact[2] for fact in facts if fact[0] == source], minlength=3)
+        assert drawn.tolist() == [count // 3] * 3, "every class equally often"
+    keys = [f"{row:08d}" for row in range(300)]
+    held = {key for key, out in zip(keys, held_out(keys, share=0.2), strict=True) if out}
+    assert 30 < len(held) < 90
+    assert held.isdisjoint(fact[1] for fact in facts)
+    assert {fact[1] for fact in facts if fact[0] == 0 and fact[2] == 1} == set(keys[240:290]) - held
+    assert 400 < sum(fact[3] for fact in facts) < 560, "about half of them mirrored"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

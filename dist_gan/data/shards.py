@@ -1,0 +1,107 @@
+"""What is known of a data set: its shards, and in each the key, place and label of every image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+FORMAT = "dist_gan.shards"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar and the samples in it, as columns of equal length in the order of the tar."""
+
+    name: str
+    """File name in the folder of the manifest."""
+    bytes: int
+    sha256: str
+    keys: tuple[str, ...]
+    """Name of each sample, without extension; unique over all shards."""
+    offsets: tuple[int, ...]
+    """First byte of each sample's image file, from the start of the tar."""
+    sizes: tuple[int, ...]
+    """Bytes of each sample's image file."""
+    extensions: tuple[str, ...]
+    """Of each image file, in lower case, without the dot."""
+    labels: tuple[int, ...] | None
+    """Class of each sample; None where the data have no labels."""
+    crc32: tuple[int, ...] | None = None
+    """CRC-32 of each sample's image file (as zlib's); None in manifests that were made without."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a data set."""
+
+    resolution: int | None
+    """Side of every image in pixels; None where sizes differ."""
+    channels: int
+    """1 or 3: the most that any image has."""
+    classes: tuple[str, ...] | None
+    """Name of each class; None where the data have no labels."""
+    shards: tuple[Shard, ...]
+    origin: str
+    """What made it; no part of the fingerprint."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(len(shard.keys) for shard in self.shards)
+
+    @cached_property
+    def class_counts(self) -> tuple[int, ...] | None:
+        """Samples of each class; None where the data have no labels."""
+        if self.classes is None:
+            return None
+        counts = Counter(label for shard in self.shards for label in shard.labels or ())
+        return tuple(counts[label] for label in range(len(self.classes)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over everything but `origin` and what follows from the rest."""
+        content = {key: value for key, value in to_json(self).items() if key not in ("origin", "class_counts")}
+        return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def shard_to_json(shard: Shard) -> dict[str, Any]:
+    """A shard as JSON columns; extensions that are all equal are one string."""
+    same = len(set(shard.extensions)) == 1
+    content: dict[str, Any] = {
+        "name": shard.name,
+        "bytes": shard.bytes,
+        "sha256": shard.sha256,
+        "keys": shard.keys,
+        "offsets": shard.offsets,
+        "sizes": shard.sizes,
+        "extensions": shard.extensions[0] if same else shard.extensions,
+    }
+    if shard.labels is not None:
+        content["labels"] = shard.labels
+    if shard.crc32 is not None:
+        content["crc32"] = shard.crc32
+    return content
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as JSON values."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "resolution": manifest.resolution,
+        "channels": manifest.channels,
+        "classes": manifest.classes,
+        "class_counts": manifest.class_counts,
+        "origin": manifest.origin,
+        "shards": [shard_to_json(shard) for shard in manifest.shards],
+    }
+
+
+def canonical(content: Any) -> bytes:
+    """JSON of one form only, so that equal contents have equal hashes."""
+    return json.dumps(content, separators=(",", ":"), sort_keys=True).encode("ascii")

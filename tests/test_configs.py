@@ -385,7 +385,7 @@ def test_the_run_folder_is_found_however_wrong_the_rest_is(tmp_path: Path) -> No
     path = written(tmp_path, "run: {dir: runs/mine, batch: abc}\nfoo: 3")
     assert run_dir_of(path, []) == "runs/mine"
     assert run_dir_of(path, ["run.dir=runs/other", "nonsense"]) == "runs/other"
-    assert run_dir_of(None, []) == RunConfig().run.dir
+    assert run_dir_of(None, []) is None
     assert run_dir_of(path, ["run.dir=5"]) is None
     assert run_dir_of(path, ["run=5"]) is None
 
@@ -482,7 +482,7 @@ def test_the_help_names_every_setting_with_its_default_and_what_it_does() -> Non
             if head.startswith((f"{name}:", f"{name} (kind: {kind})"))
         ]  # fmt: skip
         for key, field in fields.items():
-            default = "required" if field.is_required() else repr(field.default)
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             assert f"  {name}.{key} = {default}\n" in block, (cls, key)
             assert field.description, f"{cls}.{key} has no docstring"
             assert " ".join(field.description.split()) in block

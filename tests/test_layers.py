@@ -21,7 +21,8 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "types", "config", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
+        "wording", "mistakes", "types", "urls", "config_values", "config", "config_text", "config_mistakes", "config_rules",
+        "config_help", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
         "tensorfile", "records",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
@@ -29,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "checkpoint_manifest",
         "retention", "scalars", "run_folder", "export", "health.monitor",
     ),
-    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch"),
+    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch", "start"),
     ("cli", "train"),
 )  # fmt: skip
 """Floor by floor, L0 first. In L3 the order of the names is the order of building: a room sees only earlier rooms."""
@@ -51,8 +52,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "safetensors": ("tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),
-    "pydantic": ("config", "config_reader", "export"),
-    "yaml": ("config_reader", "run_folder", "export"),
+    "pydantic": ("config", "config_values", "config_mistakes", "export"),
+    "yaml": ("config_reader", "config_text", "run_folder", "export"),
 }
 """Outside library, and the only rooms that may know it."""
 

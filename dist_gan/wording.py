@@ -31,7 +31,7 @@ _AUTHORITY_START = re.compile(r"(pipe|data):|(?:[^/:]*:)?/{2,}|[^/:]*:/?", re.IG
 _PORT = re.compile(r"(?:localhost|[^/?#:@]*\.[^/?#:@]*|\[[0-9a-fA-F:.]*\]):\d{1,5}(?:[/?#]|$)")
 """A host that looks like one with its port: what stands behind the colon is no secret."""
 _USER = re.compile(r"^[^/?#]*@")
-_INNER = re.compile(r"[\w+.\-]:/")
+_INNER = re.compile(r":/|(?<!/)//")
 
 
 def safe(text: object) -> str:

@@ -6,105 +6,40 @@ defaults are a complete run, the embedded one: shapes that the program draws its
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-_NUMBER = re.compile(r"([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?")
-_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-
-
-def parse_number(value: Any) -> Any:
-    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; anything else is handed on as it is."""
-    if not isinstance(value, str):
-        return value
-    match = _NUMBER.fullmatch(value.strip())
-    if match is None:
-        return value
-    number = float(match[1]) * _UNITS.get(match[2] or "", 1)
-    return int(number) if number.is_integer() else number
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number, not a yes or no")
-    return parse_number(value)
-
-
-Count = Annotated[int, BeforeValidator(_no_bool)]
-Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A group of settings: frozen, and unknown keys are mistakes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Ramp(Section):
-    """A setting that moves with the images seen, then stays."""
-
-    start: Real
-    """Value until `begin`."""
-    end: Real
-    """Value from `images` on."""
-    images: Annotated[Count, Field(gt=0)]
-    """Images seen when `end` is reached."""
-    begin: Annotated[Count, Field(ge=0)] = 0
-    """Images seen when the value begins to move."""
-    shape: Literal["linear", "cosine"] = "linear"
-    """Straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
-
-    @model_validator(mode="after")
-    def _moves_forward(self) -> Self:
-        if self.begin >= self.images:
-            raise ValueError(f"a ramp that begins before it ends: begin {self.begin} is not below images {self.images}")
-        return self
-
-
-def _number_or_ramp(value: Any) -> str:
-    return "ramp" if isinstance(value, Mapping | Ramp) else "number"
-
-
-def _within(low: float, below: float) -> AfterValidator:
-    """Refuses a number, or either end of a ramp, outside [low, below)."""
-
-    def check(value: Any) -> Any:
-        for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
-            if not low <= number < below:
-                limit = "" if below == math.inf else f" and below {below:g}"
-                raise ValueError(f"from {low:g} on{limit}, at both ends of a ramp too")
-        return value
-
-    return AfterValidator(check)
-
-
-_NumberOrRamp = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
-Knob = Annotated[_NumberOrRamp, _within(0, math.inf)]
-"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` of such."""
-Decay = Annotated[_NumberOrRamp, _within(0, 1)]
-"""The same, below 1."""
+from dist_gan.config_values import Count as Count
+from dist_gan.config_values import Decay as Decay
+from dist_gan.config_values import Knob as Knob
+from dist_gan.config_values import Place as Place
+from dist_gan.config_values import PlaceOrNone as PlaceOrNone
+from dist_gan.config_values import Ramp as Ramp
+from dist_gan.config_values import Real as Real
+from dist_gan.config_values import Section as Section
+from dist_gan.config_values import Whole as Whole
+from dist_gan.config_values import each_folder_once
+from dist_gan.config_values import parse_number as parse_number
 
 
 class RunSection(Section):
     """The run as a whole."""
 
-    dir: Annotated[str, Field(min_length=1)] = "runs/shapes"
+    dir: Place = "runs/shapes"
     """Folder of the run: configuration, logs, samples, checkpoints. The same folder again resumes."""
     images: Annotated[Count, Field(gt=0)] = 240_000
     """Real images that the discriminator learns from before the run ends."""
-    batch: Annotated[Count, Field(gt=0)] = 64
+    batch: Annotated[Count, Field(gt=0, le=2**20)] = 64
     """Images a discriminator update, over all processes and micro-batches."""
-    d_updates: Annotated[Count, Field(ge=1)] = 1
+    d_updates: Annotated[Count, Field(ge=1, le=1000)] = 1
     """Discriminator updates for each generator update."""
-    seed: Annotated[Count, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run is a function of it."""
-    resume: Annotated[str, Field(min_length=1)] = "auto"
+    resume: Place = "auto"
     """`auto`: from the newest checkpoint in `dir`; `never`: only into an empty folder; or a checkpoint's path."""
-    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_from: Place | None = None
     """Run folder, checkpoint or exported generator whose weights a new run begins with, as far as names and shapes fit."""
     profile: bool = False
     """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
@@ -117,9 +52,9 @@ class DataOrder(Section):
     """Share of the images kept from training, chosen by a hash of the key."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
-    lanes: Annotated[Count, Field(ge=1)] = 64
+    lanes: Annotated[Count, Field(ge=1, le=2**16)] = 64
     """Logical readers that the order is dealt over; at least one for each process."""
-    block: Annotated[Count, Field(ge=1)] = 64
+    block: Annotated[Count, Field(ge=1, le=2**16)] = 64
     """Neighbouring images of a shard that are read at once and shuffled together."""
     balance: bool = False
     """Draw every class equally often, however many images it has."""
@@ -127,9 +62,9 @@ class DataOrder(Section):
     """Batches decoded ahead of need."""
     workers: Annotated[Count, Field(ge=1, le=256)] = 2
     """Threads of a process that decode."""
-    memory: Annotated[Count, Field(ge=2**20)] = 2**29
+    memory: Annotated[Count, Field(ge=2**20, le=2**42)] = 2**29
     """Bytes of image files that a process may hold; where the blocks of all lanes do not fit, images are read singly."""
-    cache: Annotated[Count, Field(ge=0)] = 2**28
+    cache: Annotated[Count, Field(ge=0, le=2**42)] = 2**28
     """Bytes that a process may keep decoded; a data set that fits is decoded once, any other at every pass."""
     bad_images: Literal["substitute", "fail"] = "substitute"
     """What becomes of an image that is damaged: the next sound one in its shard takes its place, or the run ends."""
@@ -142,7 +77,7 @@ class ShapesData(DataOrder):
 
     kind: Literal["shapes"] = "shapes"
     """The embedded data set."""
-    count: Annotated[Count, Field(ge=12)] = 24_000
+    count: Annotated[Count, Field(ge=12, le=10**6)] = 24_000
     """Pictures to draw."""
 
 
@@ -151,15 +86,19 @@ class ShardsData(DataOrder):
 
     kind: Literal["shards"] = "shards"
     """Images from shards."""
-    url: Annotated[str, Field(min_length=1)]
+    url: Place
     """Folder of the shards: a path, or a URL of an allowed scheme."""
     weight: Annotated[Count, Field(ge=1, le=10_000)] = 1
     """Share of `url` in a mixture."""
-    mix: dict[str, Annotated[Count, Field(ge=1, le=10_000)]] = Field(default_factory=dict)
+    mix: Annotated[
+        dict[Place, Annotated[Count, Field(ge=1, le=10_000)]],
+        Field(default_factory=dict, max_length=10_000),
+        BeforeValidator(each_folder_once),
+    ]
     """Further folders of shards and their weights: of every `weight` + sum of these images each gives exactly its own."""
     patience_s: Annotated[Count, Field(ge=1, le=3600)] = 120
     """Seconds that the store may stay silent before the run ends."""
-    disk_cache: str = ""
+    disk_cache: PlaceOrNone = ""
     """Local folder in which what was read is kept, for all processes of a machine; empty for none."""
     disk_cache_bytes: Annotated[Count, Field(ge=2**20)] = 2**36
     """Bytes that the folder may take; what was not used for longest goes first."""
@@ -175,7 +114,7 @@ class PointsData(Section):
 
     kind: Literal["points"] = "points"
     """Points made on the spot, a function of seed, draw and slot."""
-    modes: Annotated[Count, Field(ge=1)] = 8
+    modes: Annotated[Count, Field(ge=1, le=10_000)] = 8
     """Gaussians on the circle."""
     radius: Annotated[Real, Field(gt=0)] = 0.7
     """Radius of the circle; points lie in [-1, 1]."""
@@ -192,9 +131,9 @@ class ArticleNetworks(Section):
     """Pixels a side."""
     channels: Literal[1, 3] = 3
     """1 grey, 3 colour."""
-    classes: Annotated[Count, Field(ge=0)] = 0
+    classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
     """Classes to condition on; 0 for none."""
-    latent_dim: Annotated[Count, Field(ge=1)] = 100
+    latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 100
     """Numbers in a latent."""
     dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.3
     """Dropout in the discriminator."""
@@ -209,13 +148,13 @@ class DCGANNetworks(Section):
     """Pixels a side."""
     channels: Literal[1, 3] = 3
     """1 grey, 3 colour."""
-    classes: Annotated[Count, Field(ge=0)] = 0
+    classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
     """Classes to condition on; 0 for none."""
-    latent_dim: Annotated[Count, Field(ge=1)] = 100
+    latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 100
     """Numbers in a latent."""
-    g_width: Annotated[Count, Field(ge=1)] = 64
+    g_width: Annotated[Count, Field(ge=1, le=4096)] = 64
     """Channels of the generator's widest picture; doubled for each halving of the side, up to 8 times."""
-    d_width: Annotated[Count, Field(ge=1)] = 64
+    d_width: Annotated[Count, Field(ge=1, le=4096)] = 64
     """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
     g_norm: Literal["batch", "none"] = "batch"
     """Normalisation in the generator."""
@@ -223,7 +162,7 @@ class DCGANNetworks(Section):
     """Normalisation in the discriminator: of activations, or of weights; gradient penalties are not defined for `batch`."""
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
     """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
-    d_stddev: Annotated[Count, Field(ge=0)] = 0
+    d_stddev: Annotated[Count, Field(ge=0, le=2**20)] = 0
     """Images of a group whose spread the discriminator sees (minibatch standard deviation); 0 for none."""
 
 
@@ -232,13 +171,13 @@ class MLPNetworks(Section):
 
     kind: Literal["mlp"] = "mlp"
     """Dense layers with LeakyReLU."""
-    classes: Annotated[Count, Field(ge=0)] = 0
+    classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
     """Classes to condition on; 0 for none."""
-    latent_dim: Annotated[Count, Field(ge=1)] = 16
+    latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 16
     """Numbers in a latent."""
-    width: Annotated[Count, Field(ge=1)] = 128
+    width: Annotated[Count, Field(ge=1, le=2**16)] = 128
     """Units a hidden layer."""
-    depth: Annotated[Count, Field(ge=1)] = 3
+    depth: Annotated[Count, Field(ge=1, le=256)] = 3
     """Hidden layers."""
 
 
@@ -253,7 +192,7 @@ class ObjectiveSection(Section):
     """R2: the same at generated images."""
     gradient_penalty: Knob = 0.0
     """WGAN-GP: lambda times (gradient norm - 1)^2 between real and generated images (Gulrajani et al. 2017)."""
-    penalty_every: Annotated[Count, Field(ge=1)] = 1
+    penalty_every: Annotated[Count, Field(ge=1, le=10**6)] = 1
     """Apply penalties at every k-th discriminator update, k times as strong (lazy regularisation)."""
     instance_noise: Knob = 0.0
     """Standard deviation of Gaussian noise added to all that the discriminator sees."""
@@ -317,9 +256,9 @@ class RuntimeSection(Section):
     """`auto` takes the launch file's mixed_precision. bf16 is autocast, penalties stay in fp32. fp64 is for proofs."""
     tf32: bool = False
     """TF32 (10 bits of mantissa) for GPU products and convolutions in fp32, penalties under bf16 included; off: full fp32."""
-    micro_batch: Annotated[Count, Field(gt=0)] | None = None
+    micro_batch: Annotated[Count, Field(gt=0, le=2**20)] | None = None
     """Images a process forwards at once; its share of the batch is accumulated in pieces of this size. None: at once."""
-    threads: Annotated[Count, Field(gt=0)] | None = None
+    threads: Annotated[Count, Field(gt=0, le=1024)] | None = None
     """CPU threads a process; None: cores divided by the processes of this machine."""
     sync_batchnorm: bool = False
     """Batch normalisation over the batch of all processes, instead of each its own with averaged running statistics."""
@@ -331,9 +270,9 @@ class RuntimeSection(Section):
     """Only deterministic CUDA kernels, so that a resumed run is bitwise the same there too."""
     stop_every: Annotated[Count, Field(gt=0)] = 1_000
     """Images between looks of all processes for a request to stop (the signals TERM, INT, USR1, USR2)."""
-    start_timeout_s: Annotated[Count, Field(ge=10)] = 1800
+    start_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 1800
     """Longest time without progress until the first step is done; then the rank that is missing is named."""
-    step_timeout_s: Annotated[Count, Field(ge=10)] = 300
+    step_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 300
     """The same afterwards."""
 
 
@@ -353,26 +292,29 @@ class CheckpointSection(Section):
 
     every: Annotated[Count, Field(gt=0)] = 40_000
     """Images between checkpoints; the last one is always written."""
-    keep: Annotated[Count, Field(ge=2)] = 3
+    keep: Annotated[Count, Field(ge=2, le=10**6)] = 3
     """Newest checkpoints that are kept; the newest healthy one is kept besides."""
     keep_every: Annotated[Count, Field(gt=0)] | None = None
     """Images between checkpoints that are kept for good; None for none."""
     keep_best: Annotated[str, Field(min_length=1)] | None = None
-    """A scalar's name, such as metric/fid: the checkpoint with its lowest value is kept; `-metric/x` for the highest."""
-    wait_s: Annotated[Count, Field(ge=1)] = 600
+    """Name of a logged scalar: the checkpoint with its lowest value is kept besides, with `-` before it the highest.
+
+    Names: loss/discriminator, loss/generator, logits/real, logits/fake, logits/generated, and others of metrics.jsonl.
+    """
+    wait_s: Annotated[Count, Field(ge=1, le=10**6)] = 600
     """Longest wait for a checkpoint that is still being written when the run ends or saves the next one."""
 
 
 class RecoverySection(Section):
     """When training has failed."""
 
-    max_nonfinite: Annotated[Count, Field(ge=1)] = 20
+    max_nonfinite: Annotated[Count, Field(ge=1, le=10**6)] = 20
     """Updates of one player skipped in the window, for a gradient that is not finite, after which the run rolls back."""
-    window: Annotated[Count, Field(ge=1)] = 100
+    window: Annotated[Count, Field(ge=1, le=10**6)] = 100
     """Updates of a player that skipped ones are counted in."""
-    rollbacks: Annotated[Count, Field(ge=0)] = 2
+    rollbacks: Annotated[Count, Field(ge=0, le=10**6)] = 2
     """Times that a run goes back to its newest healthy checkpoint before it ends with exit code 3."""
-    max_restarts: Annotated[Count, Field(ge=2)] = 5
+    max_restarts: Annotated[Count, Field(ge=2, le=10**6)] = 5
     """Starts from the same images without a new checkpoint, after which the run ends with exit code 3."""
 
 

@@ -1,6 +1,6 @@
 """The only importer of fsspec: bytes by URL, and files that are either whole or not there.
 
-A plain path is a URL of the scheme `file`. Which schemes are allowed is decided here, before any file system is
+A plain path is a URL of the scheme `file`. Which schemes are allowed is decided in `urls`, before any file system is
 made: fsspec knows schemes that run commands or read other people's machines.
 """
 
@@ -11,7 +11,6 @@ import glob
 import io
 import os
 import posixpath
-import re
 import shutil
 import time
 import uuid
@@ -26,6 +25,10 @@ from fsspec.core import url_to_fs
 from dist_gan.patience import Patience as Patience
 from dist_gan.store_errors import failure, refusal
 from dist_gan.types import TrainingFailed, UserError
+from dist_gan.urls import ALLOWED_SCHEMES as ALLOWED_SCHEMES
+from dist_gan.urls import check_url as check_url
+from dist_gan.urls import join as join
+from dist_gan.urls import local_path as local_path
 from dist_gan.wording import redact as redact
 from dist_gan.wording import scheme_of as scheme_of
 
@@ -49,48 +52,11 @@ _PART = 2**23
 """Bytes of one request; what a broken one costs."""
 _WRITTEN_AT_ONCE = 2**25
 """Bytes of a local file that are in the page cache at a time while it is being written."""
-ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
-_EXTRAS = {"s3": "s3", "gs": "gs", "az": "azure", "abfs": "azure", "http": "http", "https": "http", "hf": "hf"}
-"""What to install for a scheme."""
-_SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
-
-
-def check_url(url: str, *, place: str) -> str:
-    """The URL itself if its scheme is allowed.
-
-    Raises:
-        UserError: the scheme is not on the list; `place` says where the URL came from.
-    """
-    scheme = scheme_of(url)
-    if "::" in url:
-        raise UserError(
-            f"{place}: {redact(url)!r} chains file systems with '::', which is not allowed; give one plain URL"
-        )
-    if scheme not in ALLOWED_SCHEMES:
-        why = "it would run a shell command" if scheme == "pipe" else "it is not on the list of allowed schemes"
-        raise UserError(
-            f"{place}: the scheme {scheme!r} of {redact(url)!r} is refused, {why}; "
-            f"use a path or one of {', '.join(s + '://' for s in ALLOWED_SCHEMES)}"
-        )
-    if redact(url) != url:
-        raise UserError(
-            f"{place}: {redact(url)!r} came with a user part or a query, which would end up in logs and checkpoints; "
-            f"give the bare URL, and credentials by the environment"
-        )
-    return url
-
-
-def join(url: str, *names: str) -> str:
-    """URL of a name inside a folder URL."""
-    return posixpath.join(url.rstrip("/") or "/", *names)
-
-
-def local_path(url: str) -> Path | None:
-    """The path of a `file` URL, None for any other store."""
-    if scheme_of(url) != "file":
-        return None
-    match = _SCHEME.match(url)
-    return Path(url[match.end() :] if match else url).expanduser()
+_PACKAGES = {
+    "s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "azure"), "abfs": ("adlfs", "azure"),
+    "http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "hf": ("huggingface_hub", "hf"),
+}  # fmt: skip
+"""Package that a scheme needs, and the extra of this project that brings it."""
 
 
 def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -104,9 +70,10 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if scheme_of(url) == "s3":
             filesystem.retries = 1
     except ImportError as error:
+        package, extra = _PACKAGES[scheme_of(url)]
         raise UserError(
-            f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs a package that is not installed; "
-            f"run: pip install 'dist-gan[{_EXTRAS[scheme_of(url)]}]'"
+            f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs the package {package}, which is not installed; run: "
+            f"pip install {package} (in a checkout: pip install -e '.[{extra}]')"
         ) from error
     except Exception as error:  # some clients look for credentials and addresses already here
         raise failure(error, f"cannot use {redact(url)}") from error

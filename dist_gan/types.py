@@ -1,4 +1,4 @@
-"""The values that rooms hand to one another, and the exceptions that end a run.
+"""The values that rooms hand to one another; the exceptions that end a run are in `mistakes`.
 
 Shape legend, used as a suffix on tensor names: B batch, C channels, H height, W width, Z latent, K classes, N flat.
 Images are float in [-1, 1] once the stream has put them on the device; they travel as uint8.
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dist_gan import wording
+from dist_gan.mistakes import TrainingFailed as TrainingFailed
+from dist_gan.mistakes import UserError as UserError
 
 Scalars = dict[str, float]
 """Numbers that have been reduced: equal on every rank."""
@@ -104,29 +105,6 @@ class Stateful(Protocol):
     def load_values(self, values: dict[str, Any]) -> None:
         """Takes back what `values` gave."""
         ...
-
-
-class _Told(Exception):
-    """An exception whose text is shown to people, and is safe from the moment it is made.
-
-    Args:
-        sentence: one line; a line break in it came from outside and is escaped.
-        more: further lines, shown indented.
-    """
-
-    def __init__(self, sentence: object = "", *more: object) -> None:
-        super().__init__(*(wording.safe(line) for line in (sentence, *more)))
-
-    def __str__(self) -> str:
-        return wording.lines(self.args)
-
-
-class UserError(_Told, ValueError):
-    """A mistake in what the user gave: place, value and remedy in one sentence. Exit code 2."""
-
-
-class TrainingFailed(_Told, RuntimeError):
-    """Training failed and the same command would fail again. Exit code 3."""
 
 
 def unit_range(images_uint8: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,6 +21,7 @@ _START = re.compile(
     r"|(?:(?<=[\s'\"`(\[{{=,])|^)[^\s:/'\"`(\[{{=,]+:(?=[^\s'\"][^\s]*@)",  # user:secret@ alone
     re.IGNORECASE,
 )
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CHAIN = re.compile(r"(?:\w+::)+")
 """File systems laid over the URL, as fsspec writes them."""
 _OPENED = re.compile(r"(['\"`])(?:[\w.\-]+=)?$")
@@ -58,6 +59,17 @@ def lines(parts: Iterable[object]) -> str:
     """Lines of one message, each safe; those after the first stand indented."""
     first, *rest = (safe(part) for part in parts)
     return "\n".join([first, *(line if line[:1] in ("", " ") else f"  {line}" for line in rest)])
+
+
+def unprintable(text: str) -> bool:
+    """Whether a name holds control characters, line breaks, changes of direction or halves of a sign."""
+    return _UNPRINTABLE.search(text) is not None
+
+
+def shown(value: object, *, limit: int = 200) -> str:
+    """A value as in a message: safe, and no longer than `limit`."""
+    text = safe(repr(value))
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def safe_values(value: Any) -> Any:
@@ -122,12 +134,15 @@ def _redacted(url: str) -> str:
     scheme, rest = start[0].partition(":")[0].lower(), url[start.end() :]
     if scheme in ("file", "memory") and not rest.partition("/")[0].count("@"):
         return url  # a path, in which any sign may stand
-    if not _PORT.match(rest):
+    if not _PORT.match(rest) and not rest.startswith("["):
         user, colon, _ = rest.partition(":")
         if colon and "@" in rest[len(user) :]:  # up to the last @, for a secret may hold any sign
             secret, _, rest = rest.rpartition("@")
             if re.search("[?#]", secret):
                 return start[0] + "..."  # where the last @ may be in the query
+    port = re.split("[/?#]", rest, maxsplit=1)[0].partition(":")[2] if "//" in start[0] and rest[:1] != "[" else ""
+    if _CLOSING.sub("", port).strip("0123456789"):
+        return start[0] + "..."  # the @ is missing, or was cut off
     if scheme != "abfs":  # there it is the container that stands before the @
         rest = _USER.sub("", rest)
     return start[0] + re.split("[?#]", rest, maxsplit=1)[0]

@@ -482,7 +482,7 @@ def test_the_help_names_every_setting_with_its_default_and_what_it_does() -> Non
             if head.startswith((f"{name}:", f"{name} (kind: {kind})"))
         ]  # fmt: skip
         for key, field in fields.items():
-            default = "required" if field.is_required() else repr(field.default)
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             assert f"  {name}.{key} = {default}\n" in block, (cls, key)
             assert field.description, f"{cls}.{key} has no docstring"
             assert " ".join(field.description.split()) in block

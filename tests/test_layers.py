@@ -21,7 +21,8 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "types", "config", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
+        "wording", "mistakes", "types", "urls", "config_values", "config", "config_text", "config_mistakes", "config_rules",
+        "config_help", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
         "tensorfile", "records",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
@@ -51,8 +52,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "safetensors": ("tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),
-    "pydantic": ("config", "config_reader", "export"),
-    "yaml": ("config_reader", "run_folder", "export"),
+    "pydantic": ("config", "config_values", "config_mistakes", "export"),
+    "yaml": ("config_reader", "config_text", "run_folder", "export"),
 }
 """Outside library, and the only rooms that may know it."""
 

@@ -1,0 +1,65 @@
+"""Every setting with its default and what it does, as text."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+from dist_gan.config import (
+    AdamSection,
+    ArticleNetworks,
+    CheckpointSection,
+    DCGANNetworks,
+    EMASection,
+    LogSection,
+    MLPNetworks,
+    ObjectiveSection,
+    PointsData,
+    RecoverySection,
+    RunSection,
+    RuntimeSection,
+    Section,
+    SGDSection,
+    ShapesData,
+    ShardsData,
+)
+
+
+def schema_help() -> str:
+    """Every section and field with its default and docstring."""
+    lines: list[str] = []
+    for name, sections in _sections().items():
+        for section in sections:
+            kind = section.model_fields.get("kind")
+            choice = f" (kind: {section.model_fields['kind'].default})" if kind and len(sections) > 1 else ""
+            lines += ["", f"{name}{choice}: {' '.join((section.__doc__ or '').split())}"]
+            for field_name, field in section.model_fields.items():
+                default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+                lines.append(f"  {name}.{field_name} = {default}")
+                lines.append(f"      {' '.join((field.description or '').split())}{_choices(field.annotation)}")
+    lines += [
+        "",
+        "A setting that may move is a number or a ramp, written as {start: 2e-3, end: 0, images: 300k, shape: linear}.",
+    ]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _sections() -> dict[str, tuple[type[Section], ...]]:
+    return {
+        "run": (RunSection,),
+        "data": (ShapesData, ShardsData, PointsData),
+        "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
+        "objective": (ObjectiveSection,),
+        "g_optim": (AdamSection, SGDSection),
+        "d_optim": (AdamSection, SGDSection),
+        "ema": (EMASection,),
+        "runtime": (RuntimeSection,),
+        "log": (LogSection,),
+        "checkpoint": (CheckpointSection,),
+        "recovery": (RecoverySection,),
+    }
+
+
+def _choices(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return f" One of: {', '.join(str(a) for a in get_args(annotation))}."
+    return ""

@@ -1,0 +1,162 @@
+"""Plain sections as typed settings, and a sentence for each thing in them that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import Tag, ValidationError
+
+from dist_gan.config import (
+    AdamSection,
+    ArticleNetworks,
+    DCGANNetworks,
+    MLPNetworks,
+    PointsData,
+    Ramp,
+    RunConfig,
+    Section,
+    SGDSection,
+    ShapesData,
+    ShardsData,
+)
+from dist_gan.wording import shown
+
+DEFAULT_KINDS = {
+    "data": "shapes", "networks": "dcgan", "objective": "relativistic", "g_optim": "adam", "d_optim": "adam",
+}  # fmt: skip
+
+
+def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
+    """The configuration, and each mistake with its place; what is wrong is replaced by its default.
+
+    Going on with the defaults is what lets the rules that join fields speak in the same report. Every round takes
+    something out of the sections, so that it ends whatever they hold.
+    """
+    mistakes: dict[str, str] = {}
+    while True:
+        try:
+            return RunConfig.model_validate(raw), list(mistakes.items())
+        except ValidationError as error:
+            found = error.errors()
+        raw = json.loads(json.dumps(raw, default=str))
+        dropped = False
+        for item in found:
+            place = place_of(item["loc"])
+            dotted = ".".join(place)
+            mistakes.setdefault(dotted, f"{dotted}: {_sentence(item, place)}")
+            dropped = _drop(raw, place) or dropped
+        if not dropped:
+            for item in found:
+                raw.pop(str(item["loc"][0]) if item["loc"] else "", None)
+            raw = raw if found[0]["loc"] and str(found[0]["loc"][0]) not in raw else {}
+
+
+def place_of(location: tuple[int | str, ...]) -> list[str]:
+    """The path in the user's file: pydantic's location without the tags of unions."""
+    if not location:
+        return ["the file"]
+    name, *rest = (str(part) for part in location)
+    place = [name]
+    field = RunConfig.model_fields.get(name)
+    if field is None:
+        return [*place, *rest]
+    kinds = _kinds_of(field.annotation)
+    section = kinds.get(rest.pop(0)) if kinds and rest else field.annotation
+    if rest:
+        place.append(rest.pop(0))
+        inner = getattr(section, "model_fields", {}).get(place[1])
+        if inner is not None and rest and _kinds_of(inner.annotation):
+            rest.pop(0)
+    return place + [part for part in rest if part != "[key]"]
+
+
+def _kinds_of(annotation: Any) -> dict[str, Any]:
+    """What each tag of a union stands for; nothing for any other type."""
+    return dict(_tagged(annotation))
+
+
+def _tagged(annotation: Any) -> Iterator[tuple[str, Any]]:
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        tags = [mark.tag for mark in metadata if isinstance(mark, Tag)]
+        if tags:
+            yield tags[0], inner
+            return
+    for part in get_args(annotation):
+        yield from _tagged(part)
+
+
+def _drop(raw: dict[str, Any], place: list[str]) -> bool:
+    """Takes what stands at a place out of the sections, or the innermost section around it that is there."""
+    for depth in range(len(place), 0, -1):
+        here: Any = raw
+        for part in place[: depth - 1]:
+            here = here.get(part) if isinstance(here, dict) else None
+        if isinstance(here, dict) and place[depth - 1] in here:
+            del here[place[depth - 1]]
+            return True
+    return False
+
+
+UNKNOWN_KEY = "unknown key"
+
+
+def _sentence(item: Any, place: list[str]) -> str:
+    value = item["input"]
+    said = shown(value) if not isinstance(value, Mapping) else "this section"
+    match item["type"]:
+        case "extra_forbidden":
+            return f"{UNKNOWN_KEY} (value {said}); {_ELSEWHERE.get(place[-1]) or _known_keys(place)}"
+        case "missing":
+            return "is missing; it has no default, so give it a value"
+        case "union_tag_invalid":
+            kind = value.get("kind") if isinstance(value, Mapping) else value
+            return f"there is no kind {shown(kind)}; choose one of {item['ctx']['expected_tags']}"
+        case "literal_error":
+            return f"{said} is not offered; choose one of {item['ctx']['expected']}"
+        case "model_type" | "model_attributes_type":
+            return f"{said} is no section; write keys and values below it"
+        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
+            return f"{said} is no whole number; write one such as 64, 10M or 128Ki"
+        case "float_parsing" | "float_type" | "finite_number":
+            return f"{said} is no number; write one such as 0.5, 1e-3 or 10M"
+        case "bool_parsing" | "bool_type":
+            return f"{said} is neither true nor false"
+        case _:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            return f"{said} does not fit: it should be {message}"
+
+
+_ELSEWHERE = {
+    "static_graph": "it is not offered: under DDP's static graph the gradient of a penalty is not reduced, without a word",
+    "find_unused_parameters": "it is not needed: the resting player is frozen, and every parameter of the other is used",
+    "epochs": "progress is counted in images seen: set run.images",
+    "steps": "progress is counted in images seen: set run.images",
+    "batch_size": "the images of a discriminator update over all processes are run.batch",
+    "gradient_accumulation_steps": "set runtime.micro_batch to the images that a process forwards at once",
+    "mixed_precision": "it is in the launch file, or set runtime.precision",
+}
+"""Keys that other trainers have, and what there is here instead."""
+
+
+def _known_keys(place: list[str]) -> str:
+    """The keys of the section a mistyped key stands in, and the kinds that would know it."""
+    homes: dict[str, tuple[type[Section], ...]] = {
+        "data": (ShapesData, ShardsData, PointsData), "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
+        "g_optim": (AdamSection, SGDSection), "d_optim": (AdamSection, SGDSection),
+    }  # fmt: skip
+    if len(place) > 2:
+        return f"a setting that moves has the keys {', '.join(Ramp.model_fields)}"
+    if len(place) == 1:
+        return f"the sections are {', '.join(RunConfig.model_fields)}"
+    if place[0] in homes:
+        kinds = {cls.model_fields["kind"].default: cls for cls in homes[place[0]]}
+        owners = [kind for kind, cls in kinds.items() if place[1] in cls.model_fields]
+        if owners:
+            return f"it belongs to {place[0]}.kind={' or '.join(owners)}, which is not the kind chosen"
+        return "the keys are " + "; ".join(f"{kind}: {', '.join(cls.model_fields)}" for kind, cls in kinds.items())
+    annotation = RunConfig.model_fields[place[0]].annotation if place[0] in RunConfig.model_fields else None
+    fields = getattr(annotation, "model_fields", {})
+    return f"the keys of {place[0]} are {', '.join(fields)}"

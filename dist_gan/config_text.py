@@ -1,0 +1,196 @@
+"""YAML files and dotted overrides as plain dictionaries, with limits on everything that their text can ask for.
+
+Only what settings are made of is read: text, numbers, yes and no, sections and lists. Numbers that YAML 1.1 would read
+otherwise than people (1:30 as ninety, 010 as eight, dates) stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from dist_gan.wording import shown, unprintable
+
+MAX_BYTES = 2**18
+"""Of a file."""
+MAX_NODES = 20_000
+"""Values of a file, those counted each time that an anchor repeats them."""
+MAX_DEPTH = 16
+"""Sections inside one another."""
+
+UNFIT = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""What PyYAML raises over text that is no YAML, or none that it can read."""
+_CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+_LONGEST_INT = 300
+"""Digits; a longer one stays text, which no setting takes."""
+
+
+def _short(tag: str) -> str:
+    return tag.rpartition(":")[2]
+
+
+def _of_tags(tags: tuple[str, ...]) -> dict[Any, Any]:
+    """What plain text YAML takes for something else, by its first sign, for these tags alone."""
+    known = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    return {first: [(tag, known_by) for tag, known_by in found if _short(tag) in tags] for first, found in known}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML of the core types, in which a key written twice is a mistake."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._level = self._number = 0
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, once it is known how many values it stands for and how deep they lie."""
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._level += 1
+        self._number += 1
+        if self._number > MAX_NODES:
+            raise ConstructorError(None, None, f"more than {MAX_NODES:,} values", self.peek_event().start_mark)
+        if self._level > MAX_DEPTH:
+            raise ConstructorError(None, None, f"sections lie deeper than {MAX_DEPTH}", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if is_alias and id(node) not in self._sizes:
+            raise ConstructorError(None, None, "a section holds itself; write it out", self.peek_event().start_mark)
+        if node is not None and not is_alias:
+            self._sizes[id(node)] = self._size(node)
+        return node
+
+    def _size(self, node: yaml.Node) -> tuple[int, int]:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        number = 1 + sum(self._sizes[id(part)][0] for part in parts)
+        depth = 1 + max((self._sizes[id(part)][1] for part in parts), default=0)
+        if number > MAX_NODES or depth > MAX_DEPTH:
+            raise ConstructorError(
+                None, None, f"more than {MAX_NODES:,} values, or deeper than {MAX_DEPTH}, with all that is repeated",
+                node.start_mark,
+            )  # fmt: skip
+        return number, depth
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} is written twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and unprintable(value.rstrip("\n")):
+            raise ConstructorError(None, None, "text with a sign that does not print", node.start_mark)
+        return value
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    text = str(loader.construct_scalar(node))
+    digits = text.replace("_", "")
+    if len(digits) > _LONGEST_INT or not re.fullmatch(r"[-+]?(?:\d+|0x[0-9a-fA-F]+)", digits, re.ASCII):
+        return text
+    return int(digits, 16) if "x" in digits else int(digits)
+
+
+_Loader.yaml_implicit_resolvers = _of_tags(("null", "bool", "merge"))
+_Loader.yaml_constructors = {
+    tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if tag is None or _short(tag) in _CORE
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The sections in a file, and what is wrong with it as a whole."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            return {}, [f"{path}: is larger than {MAX_BYTES // 1024} KiB; give a YAML file with settings"]
+        raw = parse(data.decode("utf-8"))
+    except FileNotFoundError:
+        return {}, [
+            f"{path}: there is no such file; give the path of a YAML file, `ls configs` shows those that come along"
+        ]
+    except OSError as error:
+        return {}, [f"{path}: cannot be read ({error.strerror or error}); give a YAML file"]
+    except UnicodeDecodeError as error:
+        return {}, [f"{path}: cannot be read ({error}); give a YAML file"]
+    except yaml.YAMLError as error:
+        return {}, [f"{path}: is not YAML ({problem_of(error)}); mend that line"]
+    except UNFIT as error:
+        return {}, [f"{path}: is not YAML, or its path none ({problem_of(error)}); give a YAML file"]
+    if raw is None:
+        return {}, []
+    if not isinstance(raw, dict):
+        return {}, [f"{path}: holds a {type(raw).__name__} where sections are needed, such as `run:`"]
+    return raw, []
+
+
+def problem_of(error: Exception) -> str:
+    """What is wrong and where, without the text itself, for a piece of a URL may be a piece of a secret."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        return f"{error.problem or error.context}{where}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}"
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text, with keys as text and every section its own.
+
+    Raises:
+        yaml.YAMLError, ValueError and others of PyYAML's: the text is no YAML, or more than it may be.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES // 1024} KiB of text")
+    return _plain(yaml.load(text, Loader=_Loader))
+
+
+def _plain(value: Any) -> Any:
+    """What YAML gave, with keys as text and every section its own: an anchor used twice must not be one section."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], *, default_kinds: dict[str, str]) -> list[str]:
+    """Lays the assignments over `raw`, kinds first; returns what is wrong with them."""
+    mistakes = []
+    parsed = []
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        parts = name.split(".")
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH or unprintable(name):
+            mistakes.append(f"{shown(text)}: is no override; write section.key=value, such as run.images=10M")
+            continue
+        try:
+            parsed.append((parts, parse(value)))
+        except UNFIT:
+            mistakes.append(f"{shown(text)}: the value is not YAML, or names a key twice; put text in quotes")
+    for parts, value in sorted(parsed, key=lambda item: item[0][-1] != "kind"):
+        place = raw
+        for part in parts[:-1]:
+            inner = place.get(part)
+            if not isinstance(inner, dict):
+                inner = place[part] = {}
+            place = inner
+        if parts[-1] == "kind" and place.get("kind", default_kinds.get(".".join(parts[:-1]))) != value:
+            place.clear()
+        place[parts[-1]] = value
+    return mistakes

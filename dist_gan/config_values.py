@@ -1,0 +1,119 @@
+"""The values that settings are made of: numbers as people write them, places, and settings that move with the images."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from dist_gan.urls import normal
+from dist_gan.wording import unprintable
+
+_NUMBER = re.compile(
+    r"([-+]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?",
+    re.ASCII,
+)
+_WHOLE = re.compile(r"[-+]?[\d_]{1,40}", re.ASCII)
+_UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def parse_number(value: Any) -> Any:
+    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; anything else is handed on as it is."""
+    if not isinstance(value, str):
+        return value
+    match = _NUMBER.fullmatch(value.strip())
+    if match is None:
+        return value
+    unit = _UNITS.get(match[2] or "", 1)
+    if _WHOLE.fullmatch(match[1]):
+        return int(match[1]) * unit
+    number = float(match[1]) * unit
+    return int(number) if number.is_integer() else number
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number, not a yes or no")
+    return parse_number(value)
+
+
+def _place(value: str) -> str:
+    if unprintable(value):
+        raise ValueError("a path or URL without signs that do not print")
+    if value and not normal(value):
+        raise ValueError("a path or URL that names something")
+    return normal(value)
+
+
+def each_folder_once(value: Any) -> Any:
+    """The folders of a mixture, refused where two spellings name the same one."""
+    if isinstance(value, Mapping):
+        folders = [normal(key) for key in value if isinstance(key, str)]
+        if len(set(folders)) < len(folders):
+            raise ValueError("folders that differ; two of these are the same one")
+    return value
+
+
+MANY = 10**15
+"""Upper limit of whatever is only counted, such as images."""
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Count = Annotated[Whole, Field(le=MANY)]
+"""A whole number. What memory is taken for has a lower limit of its own."""
+PlaceOrNone = Annotated[str, AfterValidator(_place)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+"""A URL, or a local path: `~` is expanded, and `file://` taken off."""
+Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Ramp(Section):
+    """A setting that moves with the images seen, then stays."""
+
+    start: Real
+    """Value until `begin`."""
+    end: Real
+    """Value from `images` on."""
+    images: Annotated[Count, Field(gt=0)]
+    """Images seen when `end` is reached."""
+    begin: Annotated[Count, Field(ge=0)] = 0
+    """Images seen when the value begins to move."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """Straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
+
+    @model_validator(mode="after")
+    def _moves_forward(self) -> Self:
+        if self.begin >= self.images:
+            raise ValueError(f"a ramp that begins before it ends: begin {self.begin} is not below images {self.images}")
+        return self
+
+
+def _number_or_ramp(value: Any) -> str:
+    return "ramp" if isinstance(value, Mapping | Ramp) else "number"
+
+
+def _within(low: float, below: float) -> AfterValidator:
+    """Refuses a number, or either end of a ramp, outside [low, below)."""
+
+    def check(value: Any) -> Any:
+        for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if not low <= number < below:
+                limit = "" if below == math.inf else f" and below {below:g}"
+                raise ValueError(f"from {low:g} on{limit}, at both ends of a ramp too")
+        return value
+
+    return AfterValidator(check)
+
+
+_NumberOrRamp = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
+Knob = Annotated[_NumberOrRamp, _within(0, math.inf)]
+"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` of such."""
+Decay = Annotated[_NumberOrRamp, _within(0, 1)]
+"""The same, below 1."""

@@ -1,0 +1,90 @@
+"""URLs and paths as text: which schemes are allowed, and one spelling for every local path. Nothing is opened here."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from pathlib import Path
+
+from dist_gan.mistakes import UserError
+from dist_gan.wording import redact, scheme_of, unprintable
+
+ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
+_FILE = re.compile(r"file:(//)?", re.IGNORECASE)
+
+
+def normal(url: str) -> str:
+    """The URL itself, or a local path in its plain spelling: without `file://` or `file://localhost`, `~` expanded.
+
+    Percent signs are signs of the path; a relative path stays relative.
+    """
+    if scheme_of(url) != "file":
+        return url
+    match = _FILE.match(url)
+    path = url[match.end() :] if match else url
+    if match and match[1] and re.match(r"localhost(/|$)", path, re.IGNORECASE):
+        path = path[len("localhost") :]
+    return os.path.expanduser(path)
+
+
+def check_url(url: str, *, place: str) -> str:
+    """The URL itself if its scheme is allowed.
+
+    Raises:
+        UserError: the scheme is not on the list, or the URL holds a secret or signs that do not print; `place` says
+            where the URL came from.
+    """
+    scheme = scheme_of(url)
+    if unprintable(url):
+        raise UserError(f"{place}: {redact(url)!r} holds a sign that does not print; give another name")
+    if "::" in url:
+        raise UserError(
+            f"{place}: {redact(url)!r} chains file systems with '::', which is not allowed; give one plain URL"
+        )
+    if scheme not in ALLOWED_SCHEMES:
+        why = "it would run a shell command" if scheme == "pipe" else "it is not on the list of allowed schemes"
+        raise UserError(
+            f"{place}: the scheme {scheme!r} of {redact(url)!r} is refused, {why}; "
+            f"use a path or one of {', '.join(s + '://' for s in ALLOWED_SCHEMES)}"
+        )
+    if redact(url) != url:
+        raise UserError(
+            f"{place}: {redact(url)!r} came with a user part or a query, which would end up in logs and checkpoints; "
+            f"give the bare URL, and credentials by the environment"
+        )
+    return url
+
+
+def place_of(url: str, *, place: str) -> str:
+    """An allowed URL, or a local path in its plain spelling.
+
+    Raises:
+        UserError: as `check_url`, or there is nothing at all.
+    """
+    found = normal(check_url(url, place=place))
+    if not found:
+        raise UserError(f"{place}: {url!r} names no file or folder; give a path or a URL")
+    return found
+
+
+def local_place_of(url: str, *, place: str) -> str:
+    """A local path in its plain spelling.
+
+    Raises:
+        UserError: it is a URL of a store.
+    """
+    found = place_of(url, place=place)
+    if scheme_of(found) != "file":
+        raise UserError(f"{place}: {redact(url)!r} is no local path; give a path on a disk")
+    return found
+
+
+def join(url: str, *names: str) -> str:
+    """URL of a name inside a folder URL."""
+    return posixpath.join(url.rstrip("/") or "/", *names)
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a `file` URL, None for any other store."""
+    return Path(normal(url)) if scheme_of(url) == "file" else None

@@ -5,8 +5,9 @@
     python train.py --dry-run [configs/NAME.yaml] [section.key=value ...]
     python train.py --help
 
-The same command again resumes. Exit code: 0 finished; 2 the configuration is wrong; 3 training failed and starting
-again would not help; anything else is a crash. A launcher turns every failure into 1: read outcome.json.
+The same command again resumes. --dry-run looks at the settings and the data and shows what would be trained. Exit code:
+0 finished; 2 the configuration is wrong; 3 training failed and starting again would not help; anything else is a crash.
+A launcher turns every failure into 1: read outcome.json. DIST_GAN_TRACEBACK=1 shows where an unforeseen error happened.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 # on the machine (or our own decoder) made a step of small networks seven times slower; measured on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dist_gan.config import RunConfig
-from dist_gan.config_reader import load_config, run_dir_of, schema_help, to_yaml
-from dist_gan.types import UserError
+from dist_gan.config_reader import run_dir_of, schema_help
+from dist_gan.mistakes import UserError
+from dist_gan.start import describe, last_resort, place_in_launch, settings
 from dist_gan.wording import report, safe
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
@@ -29,14 +30,26 @@ EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
 
 def main(arguments: list[str]) -> int:
     """Reads the command line, and trains or shows what would be trained."""
+    try:
+        return _main(arguments)
+    except Exception as error:
+        print(report(f"dist_gan: {last_resort(error)}"), file=sys.stderr, flush=True)
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
     flags = [a for a in arguments if a.startswith("-")]
     files = [a for a in arguments if not a.startswith("-") and "=" not in a]
     overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
     if "--help" in flags or "-h" in flags:
         print(help_text())
         return 0
-    path = files[0] if files else EMBEDDED
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    is_rehearsal = "--dry-run" in flags
+    try:
+        place = place_in_launch(os.environ)
+    except UserError as error:  # which rank this is cannot be told, so that each says it
+        print(report(f"dist_gan: {error}"), flush=True)
+        return 2
     try:
         unknown = [f for f in flags if f != "--dry-run"]
         if unknown or len(files) > 1:
@@ -44,11 +57,13 @@ def main(arguments: list[str]) -> int:
                 f"{' '.join(unknown or files[1:])}: not understood; give one YAML file, settings as section.key=value, "
                 f"--dry-run or --help"
             )
-        config = load_config(path, overrides, world_size=world_size)
+        config = settings(files[0] if files else EMBEDDED, overrides, place=place, is_rehearsal=is_rehearsal)
     except UserError as error:
-        return refused(str(error), run_dir_of(path, overrides))
-    if "--dry-run" in flags:
-        for line in dry_run(config, world_size=world_size).splitlines():
+        # The embedded recipe's folder was not named by who mistyped it, and a rehearsal starts nothing.
+        named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
+        return refused(str(error), named)
+    if is_rehearsal:
+        for line in describe(config, world_size=place.world_size).splitlines():
             print(safe(line))
         return 0
     from dist_gan.launch import run
@@ -70,25 +85,6 @@ def refused(reason: str, run_dir: str | None) -> int:
         if run_dir is not None:
             refuse(Path(run_dir), reason=reason)
     return 2
-
-
-def dry_run(config: RunConfig, *, world_size: int) -> str:
-    """The resolved settings, the networks' sizes, and what each process would do."""
-    from dist_gan.models import build_networks, count_parameters
-
-    networks = build_networks(config.networks, seed=config.run.seed)
-    share = config.run.batch // world_size
-    micro = config.runtime.micro_batch or share
-    steps = -(-config.run.images // (config.run.batch * config.run.d_updates))
-    return "\n".join(
-        [
-            to_yaml(config),
-            f"# generator      {count_parameters(networks.generator):,} parameters",
-            f"# discriminator  {count_parameters(networks.discriminator):,} parameters",
-            f"# batch          {config.run.batch} images = {world_size} processes x {share // micro} micro-batches x {micro}",
-            f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
-        ]
-    )
 
 
 if __name__ == "__main__":

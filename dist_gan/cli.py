@@ -8,15 +8,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dist_gan import storage
+from dist_gan import storage, urls
+from dist_gan.start import last_resort
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import report, safe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; exit code 0, or 2 with one sentence for a mistake, or 3 where a disk or store failed."""
+    """Runs one subcommand; exit code 0, or with one sentence 2 for a mistake, 3 for a disk or store that failed, 1 else."""
     options = _parser().parse_args(arguments)
     try:
+        _settle_places(options)
         return int(options.run(options))
     except UserError as error:
         _say(f"dist-gan: {error}")
@@ -24,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         _say(f"dist-gan: {error}")
         return 3
+    except Exception as error:
+        _say(f"dist-gan: {last_resort(error)}")
+        return 1
     except KeyboardInterrupt:
         _say("dist-gan: stopped; the same command goes on")
         return 130
@@ -81,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("url")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _settle_places(options: argparse.Namespace) -> None:
+    """Gives every path and URL of the command its plain spelling. Raises: UserError."""
+    for name in ("source", "dest", "url"):
+        if hasattr(options, name):
+            local = name == "dest" and options.run is _sample  # pictures are written by Pillow, on a disk
+            settle = urls.local_place_of if local else urls.place_of
+            setattr(options, name, settle(getattr(options, name), place=name.upper()))
 
 
 def _pack(options: argparse.Namespace) -> int:

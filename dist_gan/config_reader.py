@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dist_gan import urls
-from dist_gan.config import RunConfig, RunSection
+from dist_gan.config import RunConfig
 from dist_gan.config_help import schema_help as schema_help
 from dist_gan.config_mistakes import DEFAULT_KINDS, UNKNOWN_KEY, validate
 from dist_gan.config_rules import cross_field_mistakes
@@ -111,11 +111,14 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, wor
 
 
 def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
-    """The local run folder that a configuration names, however wrong the rest of it may be; None if it names none."""
+    """The local run folder that a configuration names, however wrong the rest of it may be; None if it names none.
+
+    The default is no name: what was never asked for is nobody's to write in.
+    """
     raw, _ = read_yaml(Path(path)) if path is not None else ({}, [])
     apply_overrides(raw, overrides, default_kinds=DEFAULT_KINDS)
     run = raw.get("run", {})
-    value = run.get("dir", RunSection().dir) if isinstance(run, dict) else None
+    value = run.get("dir") if isinstance(run, dict) else None
     if not isinstance(value, str):
         return None
     try:

@@ -98,6 +98,8 @@ def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple
                     f"data.disk_cache: {redact(data.disk_cache)!r} is no local folder; give a path on a disk",
                 )
             )
+        elif redact(data.disk_cache) != data.disk_cache:
+            found.append((("data.disk_cache",), f"data.disk_cache: {redact(data.disk_cache)!r} {urls.HAS_SECRET}"))
     if not run.dir or scheme_of(run.dir) != "file":
         found.append(
             (
@@ -105,7 +107,11 @@ def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple
                 f"run.dir: {redact(run.dir)!r} is no local folder; logs are appended to, so give a path on a disk",
             )
         )
-    starts = {"run.resume": None if run.resume in ("auto", "never") else run.resume, "run.init_from": run.init_from}
+    starts = {
+        "run.dir": run.dir if scheme_of(run.dir) == "file" else None,
+        "run.resume": None if run.resume in ("auto", "never") else run.resume,
+        "run.init_from": run.init_from,
+    }
     for place, start in starts.items():
         if start is not None:
             try:

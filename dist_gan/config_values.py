@@ -31,6 +31,8 @@ def parse_number(value: Any) -> Any:
     if _WHOLE.fullmatch(match[1]):
         return int(match[1]) * unit
     number = float(match[1]) * unit
+    if math.isinf(number):
+        return value
     return int(number) if number.is_integer() else number
 
 

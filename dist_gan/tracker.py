@@ -106,7 +106,7 @@ class Tracker:
         """The one line that says how the run goes: a bar on a terminal, a line a tick elsewhere."""
         if not self.enabled:
             return
-        left = (self._total - images) / max(clock["time/images_per_second"], 1e-9)
+        left = max(0, self._total - images) / max(clock["time/images_per_second"], 1e-9)
         facts = (
             f"D {values.get('loss/discriminator', float('nan')):.3f} G {values.get('loss/generator', float('nan')):.3f} "
             f"wait {100 * clock['time/data_wait_share']:.1f}% mem {clock['time/peak_memory_gib']:.2f} GiB"

@@ -418,10 +418,10 @@ def _finish(run: Run) -> End:
     newest = run.checkpointer.newest().url
     tracker.say(
         f"finished: {progress.images:,} images in {progress.seconds:.0f} s",
-        f"samples      {folder / 'samples' / f'generated-{progress.images:012d}.png'}",
-        f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}",
-        f"checkpoint   {newest}",
-        f"next         dist-gan sample {folder} samples.png",
-        f"             dist-gan export {folder} generator",
+        f"  samples      {folder / 'samples' / f'generated-{progress.images:012d}.png'}",
+        f"  TensorBoard  tensorboard --logdir {folder / 'tensorboard'}",
+        f"  checkpoint   {newest}",
+        f"  next         dist-gan sample {folder} samples.png",
+        f"               dist-gan export {folder} generator",
     )
     return End(progress.images, None, newest)

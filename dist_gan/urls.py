@@ -11,6 +11,10 @@ from dist_gan.mistakes import UserError
 from dist_gan.wording import redact, scheme_of, unprintable
 
 ALLOWED_SCHEMES = ("file", "memory", "s3", "gs", "az", "abfs", "http", "https", "hf")
+HAS_SECRET = (
+    "came with a user part or a query, which would end up in logs and checkpoints; give the bare URL, and credentials by "
+    "the environment"
+)
 _FILE = re.compile(r"file:(//)?", re.IGNORECASE)
 
 
@@ -49,10 +53,7 @@ def check_url(url: str, *, place: str) -> str:
             f"use a path or one of {', '.join(s + '://' for s in ALLOWED_SCHEMES)}"
         )
     if redact(url) != url:
-        raise UserError(
-            f"{place}: {redact(url)!r} came with a user part or a query, which would end up in logs and checkpoints; "
-            f"give the bare URL, and credentials by the environment"
-        )
+        raise UserError(f"{place}: {redact(url)!r} {HAS_SECRET}")
     return url
 
 

@@ -385,7 +385,7 @@ def test_the_run_folder_is_found_however_wrong_the_rest_is(tmp_path: Path) -> No
     path = written(tmp_path, "run: {dir: runs/mine, batch: abc}\nfoo: 3")
     assert run_dir_of(path, []) == "runs/mine"
     assert run_dir_of(path, ["run.dir=runs/other", "nonsense"]) == "runs/other"
-    assert run_dir_of(None, []) == RunConfig().run.dir
+    assert run_dir_of(None, []) is None
     assert run_dir_of(path, ["run.dir=5"]) is None
     assert run_dir_of(path, ["run=5"]) is None
 

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "checkpoint_manifest",
         "retention", "scalars", "run_folder", "export", "health.monitor",
     ),
-    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch"),
+    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch", "start"),
     ("cli", "train"),
 )  # fmt: skip
 """Floor by floor, L0 first. In L3 the order of the names is the order of building: a room sees only earlier rooms."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dist_gan import storage
-from dist_gan.config import MLPNetworks, RunConfig, ShapesData, ShardsData
-from dist_gan.data.manifest import check_shards, read_manifest
+from dist_gan.config import RunConfig, ShapesData, ShardsData
+from dist_gan.data.checks import check_data
 from dist_gan.data.pack import pack
 from dist_gan.data.shapes import CLASS_NAMES, draw_shapes
 from dist_gan.data.sources import ArraySource
-from dist_gan.data.stream import check_fit
 from dist_gan.types import UserError
 
 PICTURES_SEED = 2026
@@ -32,20 +31,12 @@ def prepare_data(config: RunConfig) -> list[str]:
         UserError: there is no manifest, a shard is not as the manifest says, or the networks do not fit the images.
         TrainingFailed: the pictures cannot be written.
     """
-    notes: list[str] = []
     if isinstance(config.data, ShapesData):
         images, labels = draw_shapes(config.data.count, seed=PICTURES_SEED)
         (url,) = data_sources(config)
         pack(ArraySource(images, labels, class_names=CLASS_NAMES), url, workers=1)
-    elif isinstance(config.data, ShardsData):
-        networks, substitute = config.networks, config.data.bad_images == "substitute"
-        if isinstance(networks, MLPNetworks):
-            raise UserError("networks.kind: 'mlp' is for points; images go with article or dcgan")
-        for url in data_sources(config):
-            manifest = read_manifest(url)
-            check_fit(
-                url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes
-            )
-            may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else None
-            notes += check_shards(url, manifest, may_lose=may_lose)
+        return []
+    mistakes, notes = check_data(config)
+    if mistakes:
+        raise UserError(*mistakes)
     return notes

@@ -72,3 +72,10 @@ def build_networks(section: AnyNetworks, *, seed: int) -> Networks:
 def count_parameters(network: nn.Module) -> int:
     """Numbers that are learned."""
     return sum(p.numel() for p in network.parameters())
+
+
+def sizes(section: AnyNetworks) -> tuple[int, int]:
+    """Parameters of the generator and the discriminator, without taking memory for them."""
+    with torch.device("meta"):
+        networks = build_networks(section, seed=0)
+    return count_parameters(networks.generator), count_parameters(networks.discriminator)

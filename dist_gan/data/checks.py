@@ -1,0 +1,47 @@
+"""Shards against the settings of a run, before anything is started."""
+
+from __future__ import annotations
+
+from dist_gan.config import MLPNetworks, RunConfig, ShardsData
+from dist_gan.data.manifest import check_shards, read_manifest
+from dist_gan.data.stream import check_fit
+from dist_gan.types import TrainingFailed, UserError
+
+
+def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
+    """What is wrong with the shards of a run, and what is worth knowing of them.
+
+    Every folder is looked at, so that one report has all mistakes: no manifest, shards that are not as it says, networks
+    of another size or number of channels or classes. Data that the program makes itself have none.
+    """
+    mistakes: list[str] = []
+    notes: list[str] = []
+    if not isinstance(config.data, ShardsData):
+        return mistakes, notes
+    if isinstance(config.networks, MLPNetworks):
+        return ["networks.kind: 'mlp' is for points; images go with article or dcgan"], notes
+    networks, substitute = config.networks, config.data.bad_images == "substitute"
+    for url in config.data.sources:
+        place = "data.url" if url == config.data.url else "data.mix"
+        try:
+            manifest = read_manifest(url)
+        except (UserError, TrainingFailed) as error:
+            mistakes += _at(place, error)
+            continue
+        try:
+            check_fit(
+                url, manifest, resolution=networks.resolution, channels=networks.channels, classes=networks.classes
+            )
+        except UserError as error:
+            mistakes += error.args
+        may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else None
+        try:
+            notes += check_shards(url, manifest, may_lose=may_lose)
+        except (UserError, TrainingFailed) as error:
+            mistakes += _at(place, error)
+    return mistakes, notes
+
+
+def _at(place: str, error: UserError | TrainingFailed) -> list[str]:
+    first, *rest = error.args
+    return [f"{place}: {first}", *(f"  {line}" for line in rest)]

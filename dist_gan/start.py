@@ -1,0 +1,131 @@
+"""What a start is given, checked in one report: its place in the launch, settings, networks and data."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_gan import urls
+from dist_gan.config import MLPNetworks, RunConfig, ShardsData
+from dist_gan.config_reader import Reading, read_settings, to_yaml
+from dist_gan.mistakes import UserError
+from dist_gan.wording import report, safe, shown
+
+MAX_PROCESSES = 2**20
+MAX_PARAMETERS = 10**10
+"""Of both networks. In fp32 with gradients, Adam's moments and the average these are 200 GB."""
+TRACEBACK = "DIST_GAN_TRACEBACK"
+"""Environment variable that shows where in the program an error came from, if it is neither empty nor 0."""
+
+
+class LaunchPlace(NamedTuple):
+    """Which process of a launch this is."""
+
+    rank: int
+    world_size: int
+
+
+def place_in_launch(environment: Mapping[str, str]) -> LaunchPlace:
+    """Rank and number of processes, as a launcher has set them; one process without a launcher.
+
+    Raises:
+        UserError: a variable is no number, or contradicts another one.
+    """
+    world_size = _number(environment, "WORLD_SIZE", 1, low=1, below=MAX_PROCESSES + 1)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", world_size, low=1, below=world_size + 1)
+    _number(environment, "LOCAL_RANK", 0, low=0, below=local_size)
+    return LaunchPlace(_number(environment, "RANK", 0, low=0, below=world_size), world_size)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, *, low: int, below: int) -> int:
+    text = environment.get(name, str(default))
+    if text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) < below:
+        return int(text)
+    raise UserError(
+        f"{name}: {shown(text)} in the environment is no whole number from {low} to {below - 1}; start with `accelerate "
+        f"launch`, which sets it, or unset WORLD_SIZE, LOCAL_WORLD_SIZE, RANK and LOCAL_RANK"
+    )
+
+
+def settings(
+    path: str | Path | None, overrides: Sequence[str], *, place: LaunchPlace, is_rehearsal: bool = False
+) -> RunConfig:
+    """The settings of a run, once they are known to be possible.
+
+    Args:
+        path: YAML file, or None for the defaults.
+        overrides: dotted assignments.
+        place: of this process in the launch.
+        is_rehearsal: look at the data in any case. A start does so when it has the folder of the run; with mistakes in
+            the settings it does so here, so that they come together.
+
+    Raises:
+        UserError: one report of all mistakes.
+    """
+    reading = read_settings(path, overrides, world_size=place.world_size)
+    more = [] if reading.is_wrong("networks") else _size_mistakes(reading.config)
+    if is_rehearsal or (reading.mistakes and place.rank == 0 and _is_near(reading.config, place)):
+        more += _data_mistakes(reading)
+    mistakes = reading.report(more)
+    if mistakes is not None:
+        raise mistakes
+    return reading.config
+
+
+def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
+    """Whether data can be looked at at once; the other ranks of a launch do not wait for a store."""
+    if place.world_size == 1 or not isinstance(config.data, ShardsData):
+        return True
+    return all(urls.local_path(url) is not None for url in config.data.sources)
+
+
+def _data_mistakes(reading: Reading) -> list[str]:
+    from dist_gan.data.checks import check_data
+
+    if isinstance(reading.config.networks, MLPNetworks):
+        return []  # a rule has said it
+    mistakes, _ = check_data(reading.config)
+    # What stands in for a setting that is wrong was not written by the user.
+    return [text for text in mistakes if not reading.is_wrong(text.partition(":")[0])]
+
+
+def _size_mistakes(config: RunConfig) -> list[str]:
+    from dist_gan.models import sizes
+
+    total = sum(sizes(config.networks))
+    if total <= MAX_PARAMETERS:
+        return []
+    return [
+        f"networks: {total:,} parameters, {total * 20 / 2**30:,.0f} GiB in fp32 with gradients, Adam's moments and the "
+        f"average, are more than the {MAX_PARAMETERS:,} that are possible; choose smaller widths, depths or latents"
+    ]
+
+
+def describe(config: RunConfig, *, world_size: int) -> str:
+    """The resolved settings, the networks' sizes, and what each process would do."""
+    from dist_gan.models import sizes
+
+    generator, discriminator = sizes(config.networks)
+    share = config.run.batch // world_size
+    micro = config.runtime.micro_batch or share
+    steps = -(-config.run.images // (config.run.batch * config.run.d_updates))
+    return "\n".join(
+        [
+            to_yaml(config),
+            f"# generator      {generator:,} parameters",
+            f"# discriminator  {discriminator:,} parameters",
+            f"# batch          {config.run.batch} images = {world_size} processes x {share // micro} micro-batches x {micro}",
+            f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
+        ]
+    )
+
+
+def last_resort(error: BaseException) -> str:
+    """One sentence for an error that nobody has expected, and its traceback where that is asked for."""
+    text = safe(f"{type(error).__name__}: {error}")
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
+    return f"{text[:500]}: not foreseen by this program; {TRACEBACK}=1 in the environment shows where it happened"

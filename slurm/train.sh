@@ -54,13 +54,38 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" || "${1:-}" == *.txt ]]; then
   line=""
   ((index < 1 || index > ${#lines[@]})) || line="${lines[index - 1]}"
   [[ "$line" == *[![:space:]]* ]] || fail "array index $index without a config: line $index of $sweep is empty or missing (it has ${#lines[@]} lines)"
-  read -ra arguments <<<"$line"
+  # xargs takes quotes and backslashes as a shell does, and expands and runs nothing.
+  words="$(mktemp)"
+  xargs printf '%s\0' <<<"$line" >"$words" 2>/dev/null || fail "line $index of $sweep: a quote has no partner; write 'a b', \"a b\" or a\\ b for a word with a blank"
+  mapfile -d '' -t arguments <"$words"
+  rm -f "$words"
   arguments+=("${@:2}")
   name="slurm-${SLURM_ARRAY_JOB_ID}_$index"
 fi
+plain_path() { # the path that train.py will read: YAML without its quotes, ~ and file:// as paths
+  local value="$1" single="'" double='"'
+  value="${value#"${value%%[![:space:]]*}"}" value="${value%"${value##*[![:space:]]}"}"
+  if [[ "$value" == "$single"*"$single" && ${#value} -gt 1 ]]; then
+    value="${value:1:-1}" value="${value//"$single$single"/"$single"}"
+  elif [[ "$value" == "$double"*"$double" && ${#value} -gt 1 ]]; then
+    value="${value:1:-1}"
+    [[ "$value" != *[\\$double]* ]] || fail "run.dir: $1: escapes are not read here; write it in single quotes"
+  fi
+  case "$value" in
+    *[[:cntrl:]]*) fail "run.dir: holds a sign that does not print; give another name" ;;
+    [Ff][Ii][Ll][Ee]://localhost/*) value="${value:16}" ;;
+    [Ff][Ii][Ll][Ee]:*) value="${value:5}" value="${value#//}" ;;
+    *://* | [Pp][Ii][Pp][Ee]:* | [Dd][Aa][Tt][Aa]:*) fail "run.dir: no local folder; logs are appended to, so give a path on a disk" ;;
+  esac
+  case "$value" in
+    \~) value="$HOME" ;;
+    \~/*) value="$HOME/${value:2}" ;;
+  esac
+  plain="$value"
+}
 run_dir=""
 for argument in "${arguments[@]}"; do
-  if [[ "$argument" == run.dir=* ]]; then run_dir="${argument#run.dir=}"; fi
+  if [[ "$argument" == run.dir=* ]]; then plain_path "${argument#run.dir=}" && run_dir="$plain"; fi
 done
 if [[ -z "$run_dir" ]]; then # the same at every requeue of this job
   run_dir="runs/$name"

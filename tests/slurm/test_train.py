@@ -87,13 +87,19 @@ def test_without_arguments_two_nodes_train_the_embedded_recipe_to_the_weights_of
 def test_an_array_trains_a_line_of_the_sweep_for_each_index_and_refuses_an_index_without_one(
     cluster: Cluster, project: Path, recipe: list[str], undisturbed: Path
 ) -> None:
-    points = ["configs/points.yaml", "run.images=2k"]
+    points = [
+        "configs/points.yaml",
+        "run.images=2k",
+        """'run.dir="runs/two $(words)"'""",
+    ]  # for the shell, and for YAML
     (project / "sweep.txt").write_text("\n".join(map(" ".join, (recipe, points))) + "\n")
     array = cluster.submit("--array=1-3", SCRIPT, "sweep.txt", "log.samples=4", cwd=project)
     ends = [cluster.wait(f"{array}_{index}", seconds=120) for index in (1, 2, 3)]
     assert [end["JobState"] for end in ends] == ["COMPLETED", "COMPLETED", "FAILED"]
     assert_same_state(undisturbed, project / "runs" / f"slurm-{array}_1")
-    assert outcome(project / "runs" / f"slurm-{array}_2")["images"] >= 2000
+    assert outcome(project / "runs" / "two $(words)")["images"] >= 2000
+    assert "finished: runs/two $(words)" in said(project, f"{array}_2")
+    assert not (project / "runs" / f"slurm-{array}_2").exists()
     message = said(project, f"{array}_3")
     assert message.count("dist_gan:") == 1
     assert "array index 3 without a config: line 3 of sweep.txt is empty or missing (it has 2 lines)" in message

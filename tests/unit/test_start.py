@@ -175,11 +175,12 @@ def test_an_unforeseen_error_is_one_sentence_and_its_traceback_comes_when_asked_
 
 # -- what keep_best may name ------------------------------------------------------------------------------------------
 
+POINTS = ["data.kind=points", "networks.kind=mlp", "run.batch=16", "objective.penalty_every=1"]
 GAMES = {
-    "plain": ["data.kind=points", "networks.kind=mlp", "run.batch=16", "objective.r1_gamma=0", "objective.r2_gamma=0"],
+    "plain": [*POINTS, "objective.r1_gamma=0", "objective.r2_gamma=0"],
     "penalised": [
-        "data.kind=points", "networks.kind=mlp", "run.batch=16", "objective.r1_gamma=0.1", "objective.lecam=0.1",
-        "objective.r2_gamma={start: 0, end: 0.1, images: 16}", "objective.gradient_penalty=1", "objective.kind=wasserstein",
+        *POINTS, "objective.kind=wasserstein", "objective.r1_gamma=0.1", "objective.gradient_penalty=1", "objective.lecam=0.1",
+        "objective.r2_gamma={start: 0, end: 0.1, images: 16}",
     ],
 }  # fmt: skip
 

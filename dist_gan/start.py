@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +10,11 @@ from dist_gan import urls
 from dist_gan.config import MLPNetworks, RunConfig, ShardsData
 from dist_gan.config_reader import Reading, read_settings, to_yaml
 from dist_gan.mistakes import UserError
-from dist_gan.wording import report, safe, shown
+from dist_gan.wording import shown
 
 MAX_PROCESSES = 2**20
 MAX_PARAMETERS = 10**10
 """Of both networks. In fp32 with gradients, Adam's moments and the average these are 200 GB."""
-TRACEBACK = "DIST_GAN_TRACEBACK"
-"""Environment variable that shows where in the program an error came from, if it is neither empty nor 0."""
 
 
 class LaunchPlace(NamedTuple):
@@ -121,11 +117,3 @@ def describe(config: RunConfig, *, world_size: int) -> str:
             f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
         ]
     )
-
-
-def last_resort(error: BaseException) -> str:
-    """One sentence for an error that nobody has expected, and its traceback where that is asked for."""
-    text = safe(f"{type(error).__name__}: {error}")
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-        return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
-    return f"{text[:500]}: not foreseen by this program; {TRACEBACK}=1 in the environment shows where it happened"

@@ -179,9 +179,9 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_a_command(
     with open(tmp_path / "out", "w", encoding="ascii") as out:
         monkeypatch.setattr("sys.stdout", out)
         (tmp_path / "model.safetensors").write_bytes(b"")
-        (tmp_path / "config.json").write_text('{"name": "é"}', encoding="utf-8")
-        assert cli.main(["inspect", str(tmp_path)]) == 0
-    assert (tmp_path / "out").read_bytes() == b'{"name": "\\xe9"}\n'
+        assert cli.main(["inspect", str(tmp_path)]) == 2
+        cli._show("class é")
+    assert (tmp_path / "out").read_bytes() == b"class \\xe9\n"
 
 
 # -- what keep_best may name ------------------------------------------------------------------------------------------

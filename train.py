@@ -22,14 +22,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from dist_gan.config_reader import run_dir_of, schema_help
 from dist_gan.mistakes import UserError
-from dist_gan.start import describe, last_resort, place_in_launch, settings
-from dist_gan.wording import report, safe
+from dist_gan.start import describe, place_in_launch, settings
+from dist_gan.wording import last_resort, print_anything, report, safe
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
 
 
 def main(arguments: list[str]) -> int:
     """Reads the command line, and trains or shows what would be trained."""
+    print_anything()
     try:
         return _main(arguments)
     except Exception as error:

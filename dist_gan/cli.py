@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_gan import storage, urls
-from dist_gan.start import last_resort
 from dist_gan.types import TrainingFailed, UserError
-from dist_gan.wording import report, safe
+from dist_gan.wording import last_resort, print_anything, report, safe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand; exit code 0, or with one sentence 2 for a mistake, 3 for a disk or store that failed, 1 else."""
+    print_anything()
     options = _parser().parse_args(arguments)
     try:
         _settle_places(options)

@@ -28,10 +28,6 @@ DEFAULT_KINDS = {
 }  # fmt: skip
 
 
-UNKNOWN_KEY = "unknown key"
-"""Beginning of the sentence about a setting that no section has."""
-
-
 def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
     """The configuration, and each mistake with its place; what is wrong is replaced by its default.
 
@@ -102,6 +98,9 @@ def _drop(raw: dict[str, Any], place: list[str]) -> bool:
             del here[place[depth - 1]]
             return True
     return False
+
+
+UNKNOWN_KEY = "unknown key"
 
 
 def _sentence(item: Any, place: list[str]) -> str:

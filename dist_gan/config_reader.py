@@ -19,7 +19,7 @@ from dist_gan.config import RunConfig
 from dist_gan.config_help import schema_help as schema_help
 from dist_gan.config_mistakes import DEFAULT_KINDS, UNKNOWN_KEY, validate
 from dist_gan.config_rules import cross_field_mistakes
-from dist_gan.config_text import UNFIT, apply_overrides, parse, problem, read_yaml
+from dist_gan.config_text import UNFIT, apply_overrides, parse, problem_of, read_yaml
 from dist_gan.mistakes import UserError
 from dist_gan.wording import shown
 
@@ -155,9 +155,9 @@ def read_written(text: str, *, place: str, needed: str = "") -> tuple[RunConfig,
     try:
         raw = parse(text)
         if not isinstance(raw, dict):
-            raise TypeError(f"it holds a {type(raw).__name__} where sections are needed")
+            raise TypeError(f"it is a {type(raw).__name__}, not sections")
     except UNFIT as error:
-        raise UserError(f"{place} is no configuration ({problem(error)})") from error
+        raise UserError(f"{place} is no configuration ({problem_of(error)})") from error
     config, mistakes = validate(raw)
     unknown = [name for name, text in mistakes if text.startswith(f"{name}: {UNKNOWN_KEY}")]
     for name, text in mistakes:

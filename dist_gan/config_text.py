@@ -23,7 +23,7 @@ MAX_NODES = 20_000
 MAX_DEPTH = 16
 """Sections inside one another."""
 
-UNFIT = (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError, RecursionError)
+UNFIT = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 """What PyYAML raises over text that is no YAML, or none that it can read."""
 _CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
@@ -130,9 +130,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     except UnicodeDecodeError as error:
         return {}, [f"{path}: cannot be read ({error}); give a YAML file"]
     except yaml.YAMLError as error:
-        return {}, [f"{path}: is not YAML ({problem(error)}); mend that line"]
+        return {}, [f"{path}: is not YAML ({problem_of(error)}); mend that line"]
     except UNFIT as error:
-        return {}, [f"{path}: is not YAML, or its path none ({problem(error)}); give a YAML file"]
+        return {}, [f"{path}: is not YAML, or its path none ({problem_of(error)}); give a YAML file"]
     if raw is None:
         return {}, []
     if not isinstance(raw, dict):
@@ -140,7 +140,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     return raw, []
 
 
-def problem(error: Exception) -> str:
+def problem_of(error: Exception) -> str:
     """What is wrong and where, without the text itself, for a piece of a URL may be a piece of a secret."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
@@ -156,7 +156,7 @@ def parse(text: str) -> Any:
         yaml.YAMLError, ValueError and others of PyYAML's: the text is no YAML, or more than it may be.
     """
     if len(text) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES // 1024} KiB")
+        raise ValueError(f"more than {MAX_BYTES // 1024} KiB of text")
     return _plain(yaml.load(text, Loader=_Loader))
 
 

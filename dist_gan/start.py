@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_gan import urls
-from dist_gan.config import RunConfig, ShardsData
+from dist_gan.config import MLPNetworks, RunConfig, ShardsData
 from dist_gan.config_reader import Reading, read_settings, to_yaml
 from dist_gan.mistakes import UserError
-from dist_gan.wording import report, safe, shown
+from dist_gan.wording import shown
 
 MAX_PROCESSES = 2**20
 MAX_PARAMETERS = 10**10
 """Of both networks. In fp32 with gradients, Adam's moments and the average these are 200 GB."""
-TRACEBACK = "DIST_GAN_TRACEBACK"
-"""Environment variable that shows where in the program an error came from, if it is neither empty nor 0."""
 
 
 class LaunchPlace(NamedTuple):
@@ -85,6 +81,8 @@ def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
 def _data_mistakes(reading: Reading) -> list[str]:
     from dist_gan.data.checks import check_data
 
+    if isinstance(reading.config.networks, MLPNetworks):
+        return []  # a rule has said it
     mistakes, _ = check_data(reading.config)
     # What stands in for a setting that is wrong was not written by the user.
     return [text for text in mistakes if not reading.is_wrong(text.partition(":")[0])]
@@ -119,11 +117,3 @@ def describe(config: RunConfig, *, world_size: int) -> str:
             f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
         ]
     )
-
-
-def last_resort(error: BaseException) -> str:
-    """One sentence for an error that nobody has expected, and its traceback where that is asked for."""
-    text = safe(f"{type(error).__name__}: {error}")
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-        return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
-    return f"{text[:500]}: not foreseen by this program; {TRACEBACK}=1 in the environment shows where it happened"

@@ -345,6 +345,8 @@ def why(error: OSError, *, reading: bool = False) -> str:
         if reading:
             return "no permission to read it; ask for the right, or give another place"
         return "no write permission; choose a folder you may write to, or ask for the right"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{error.strerror}, a file is where a folder should be; choose another folder"
     return f"{error.strerror or error}"
 
 

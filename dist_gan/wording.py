@@ -6,8 +6,12 @@ do so when they are made, the tracker, the command line and `outcome.json` when 
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import traceback
 from collections.abc import Iterable
+from io import TextIOWrapper
 from typing import Any
 
 _SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
@@ -32,6 +36,10 @@ _PORT = re.compile(r"(?:localhost|[^/?#:@]*\.[^/?#:@]*|\[[0-9a-fA-F:.]*\]):\d{1,
 """A host that looks like one with its port: what stands behind the colon is no secret."""
 _USER = re.compile(r"^[^/?#]*@")
 _INNER = re.compile(r":/|(?<!/)//")
+
+
+TRACEBACK = "DIST_GAN_TRACEBACK"
+"""Environment variable that shows where in the program an error came from, if it is neither empty nor 0."""
 
 
 def safe(text: object) -> str:
@@ -82,6 +90,20 @@ def safe_values(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [safe_values(v) for v in value]
     return value
+
+
+def last_resort(error: BaseException) -> str:
+    """One sentence for an error that nobody has expected, and its traceback where that is asked for."""
+    text = safe(f"{type(error).__name__}: {error}")
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
+    return f"{text[:500]}: not foreseen by this program; {TRACEBACK}=1 in the environment shows where it happened"
+
+
+def print_anything() -> None:
+    """Lets the standard output take signs that its encoding lacks, as escapes; printing must not end a run."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def scheme_of(url: str) -> str:

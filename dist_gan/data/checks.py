@@ -16,8 +16,10 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
     """
     mistakes: list[str] = []
     notes: list[str] = []
-    if not isinstance(config.data, ShardsData) or isinstance(config.networks, MLPNetworks):
+    if not isinstance(config.data, ShardsData):
         return mistakes, notes
+    if isinstance(config.networks, MLPNetworks):
+        return ["networks.kind: 'mlp' is for points; images go with article or dcgan"], notes
     networks, substitute = config.networks, config.data.bad_images == "substitute"
     for url in config.data.sources:
         place = "data.url" if url == config.data.url else "data.mix"

@@ -239,10 +239,10 @@ class ImageStream:
         self._damage |= new.keys()
         limit = max(1, int(self._section.max_bad * self._plan.length))
         if len(self._damage) > limit:
-            examples = "".join(f"\n  - {item.url}: {item.key}: {item.reason}" for item in list(new.values())[:5])
             raise TrainingFailed(
                 f"{len(self._damage):,} of {self._plan.length:,} images are damaged, and data.max_bad={self._section.max_bad:g} "
-                f"allows {limit:,}; run `dist-gan verify` on the shards, and copy or pack them again:{examples}"
+                f"allows {limit:,}; run `dist-gan verify` on the shards, and copy or pack them again:",
+                *(f"- {item.url}: {item.key}: {item.reason}" for item in list(new.values())[:5]),
             )
         return list(new.values())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from dist_gan import cli, start
+from dist_gan import cli, start, wording
 from dist_gan.checkpoint_format import listed
 from dist_gan.config_reader import load_config
 from dist_gan.config_rules import KNOBS, logged_scalars
@@ -163,14 +163,25 @@ def test_an_unforeseen_error_is_one_sentence_and_its_traceback_comes_when_asked_
     monkeypatch.setattr(cli, "_settle_places", breaks)
     for main, arguments in ((train.main, []), (cli.main, ["inspect", "x"])):
         for asked in ("", "0", "1"):
-            monkeypatch.setenv(start.TRACEBACK, asked)
+            monkeypatch.setenv(wording.TRACEBACK, asked)
             assert main(arguments) == 1
             shown = capsys.readouterr().err
             assert "SECRET" not in shown
             assert "\x1b" not in shown
             assert sum(line.startswith(("dist_gan:", "dist-gan:")) for line in shown.splitlines()) == 1
             assert ("Traceback" in shown) == (asked == "1")
-            assert (f"{start.TRACEBACK}=1" in shown) == (asked != "1")
+            assert (f"{wording.TRACEBACK}=1" in shown) == (asked != "1")
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "out", "w", encoding="ascii") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert cli.main(["inspect", str(tmp_path)]) == 2
+        cli._show("class é")
+    assert (tmp_path / "out").read_bytes() == b"class \\xe9\n"
 
 
 # -- what keep_best may name ------------------------------------------------------------------------------------------

@@ -391,14 +391,14 @@ FAULTS = [
         "dist_gan/data/decoding.py",
         "return place, self._pixels(alone, self.reader.fresh(alone.piece), out)",
         "return place, self._pixels(place, self.reader.get(place.piece)._replace(data=b''), out)",
-        (f"{STREAM}::test_an_image_that_arrives_damaged_once_is_read_again_and_no_damage",),
+        (f"{STREAM}::test_what_arrives_damaged_once_is_read_again_and_no_damage_and_not_kept",),
     ),
     (
         "the damaged piece is kept",
         "dist_gan/data/decoding.py",
         "self.reader.drop(place.piece)\n",
         "pass\n",
-        ("tests/services/test_stores.py::test_a_cached_piece_that_was_damaged_is_read_from_the_store_again",),
+        (f"{STREAM}::test_what_arrives_damaged_once_is_read_again_and_no_damage_and_not_kept",),
     ),
     (
         "a kept image goes to its neighbour's place",

@@ -160,7 +160,7 @@ def test_the_disk_answers_for_the_same_url_version_and_range_and_for_no_other(
 
 
 def test_what_is_dropped_is_forgotten_in_memory_and_on_the_disk(
-    store: Store, readers: list[PieceReader], tmp_path: Path
+    store: Store, readers: list[PieceReader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = reader_of(readers, source_of(0), cache=DiskCache(str(tmp_path), limit=10**6))
     piece = Piece(0, 0, 0, 2)
@@ -170,6 +170,13 @@ def test_what_is_dropped_is_forgotten_in_memory_and_on_the_disk(
     reader.drop(piece)
     reader.get(piece)
     assert len(store.reads()) == 2
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store.objects["b/set/0.tar"] = content(9)
+    assert reader.fresh(piece).data == content(9)[512:720], "though the disk keeps what it had"
 
 
 def test_a_store_that_cannot_be_read_is_told_in_a_sentence_and_asked_again_by_the_next_who_needs_it(

@@ -92,6 +92,14 @@ def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
             ]
             return entries if detail else [entry["name"] for entry in entries]
 
+        def find(self, path: str, maxdepth: int | None = None, withdirs: bool = False, **options: Any) -> Any:
+            """Files at any depth, the last name first."""
+            path = self._strip_protocol(path)
+            store.asked.append(("list", path))
+            store.on_list(path)
+            found = [f"{path}/{name}" for name in reversed(store.names(path))]
+            return {name: self._entry(name) for name in found} if options.get("detail") else found
+
         def rm_file(self, path: str) -> None:
             path = self._strip_protocol(path)
             store.asked.append(("remove", path))

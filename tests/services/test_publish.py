@@ -262,13 +262,15 @@ def test_a_listing_that_fails_for_a_while_is_asked_for_again(store: Store) -> No
     assert len(clock.waits) == 2
 
 
-def test_a_store_is_asked_anew_for_a_listing_and_not_its_memory(store: Store) -> None:
+def test_a_store_is_asked_anew_for_a_listing_and_not_its_memory(store: Store, tmp_path: Path) -> None:
     folder = StoreFolder("gs://b/f")
-    store.objects["b/f/a"] = b"1"
-    assert folder.names() == {"a": 1}
+    (tmp_path / "file").write_bytes(b"1")
+    folder.upload(tmp_path / "file", "a")
     store.objects["b/f/a"] = b"12345"
     assert folder.names() == {"a": 5}
-    assert [file.size for file in folder.files()] == [5]
+    folder.upload(tmp_path / "file", "a")
+    store.objects["b/f/a"] = b"123"
+    assert [file.size for file in folder.files()] == [3]
 
 
 # -- writing to a disk --------------------------------------------------------------------------------------------------

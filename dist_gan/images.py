@@ -95,9 +95,9 @@ def decode(data: bytes | memoryview, *, name: str, out: Pixels | None = None, re
         data: the file.
         name: of the picture, for errors.
         out: place for the pixels of a picture that has its shape, HWC; then it is what is returned.
-        reduce_to: side that the picture is going to be brought to. A JPEG of four times that or more is decoded at a
-            half, a quarter or an eighth of its size, to no less than twice the side; the pixels then differ a little
-            from those of the whole picture, averaged.
+        reduce_to: side that the picture is going to be brought to. A JPEG of four times that or more is decoded at as
+            few eighths of its size as give no less than twice the side; the pixels then differ a little from those of
+            the whole picture, averaged.
 
     Raises:
         BadImage: not a picture, cut off, damaged, too large, or of a kind that has no rule.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +17,12 @@ from dist_gan.data import PointStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Launch, Runtime, Update
+from dist_gan.runtime import Launch, Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
 from dist_gan.step import Rules, train_step
-from dist_gan.trainer import new_state
+from dist_gan.trainer import End, Run, build, fit, new_state
 from dist_gan.types import Networks
 
 SMALL = (
@@ -109,3 +112,30 @@ def poison(parameter: nn.Parameter, *, backward_passes: Collection[int]) -> list
     parameter.requires_grad_(True)
     parameter.register_hook(hook)
     return fired
+
+
+@contextmanager
+def started(
+    folder: Path, *overrides: str, attempt: int = 1, make_runtime: Callable[..., Runtime] = Runtime
+) -> Iterator[Run]:
+    """A run in this process, built and resumed, whose files are closed afterwards; no signal reaches it."""
+    config = points_config(f"run.dir={folder}", *overrides)
+    runtime = make_runtime(config.runtime, Launch(precision="fp64"))
+    folder.mkdir(parents=True, exist_ok=True)
+    run = build(config, runtime, StopRequest(names=()), attempt=attempt)
+    try:
+        yield run
+    finally:
+        run.tracker.close()
+        run.state.stream.close()
+
+
+def trained(folder: Path, *overrides: str, attempt: int = 1) -> End:
+    """A run in this process to its end."""
+    with started(folder, *overrides, attempt=attempt) as run:
+        return fit(run)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

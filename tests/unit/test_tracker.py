@@ -37,6 +37,10 @@ def line(images: int, attempt: int) -> str:
 
 
 def steps_in_tensorboard(folder: Path) -> list[int]:
+    """What TensorBoard shows. It reads files in the order of their names, in which 10 stands before 9 within a second."""
+    files = sorted((folder / "tensorboard").iterdir(), key=lambda file: int(file.name.rsplit(".", 1)[1]))
+    for number, file in enumerate(files):
+        file.rename(file.with_name(f"events.out.tfevents.{number:06d}"))
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return [event.step for event in board.Scalars("loss/generator")]

@@ -234,7 +234,11 @@ def main() -> None:
             }  # fmt: skip
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows = list(pool.map(tried, faults))
+            try:
+                rows = list(pool.map(tried, faults))
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
     counts = Counter(row["outcome"] for row in rows)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False

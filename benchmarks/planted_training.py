@@ -829,7 +829,7 @@ FAULTS = [
         "dist_gan/trainer.py",
         "        run.checkpointer.mark_healthy(url)\n        run.checkpointer.end_rollback()\n",
         "        run.checkpointer.end_rollback()\n",
-        (WENT_BACK,),
+        (CUT_OFF,),
     ),
     (
         "a rollback is never over",

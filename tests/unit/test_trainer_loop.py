@@ -267,16 +267,19 @@ def test_a_rollback_that_was_cut_off_is_finished_by_the_next_start_and_not_done_
     assert (tmp_path / "checkpoints" / "rollback.json").exists()
     assert checkpoints(tmp_path) == [(1, 80), (3, 80) if committed else (2, 160)]
     assert checkpoints(tmp_path, "ABANDONED") == ([] if committed else [(2, 160)])
+    first = 4 if committed else 3  # serial of the checkpoint that the next start commits
     with started(tmp_path, *EVERY_TEN_STEPS, FOUR_OF_TEN, attempt=2) as run:
         assert run.state.progress.images == 80
         assert run.state.stream.values()["draw"] == 28
         assert run.state.recovery.values()["rollbacks"] == 1
         assert run.state.recovery.skipped == {"discriminator": 0, "generator": 4}
         assert not (tmp_path / "checkpoints" / "rollback.json").exists()
+        assert (first, 80) in checkpoints(tmp_path, "HEALTHY"), "there is something to go back to at once"
         fit(run)
-    first = 4 if committed else 3
-    assert checkpoints(tmp_path)[-6:] == [(first + n, 80 * (1 + n)) for n in range(6)]
-    assert first in [serial for serial, _ in checkpoints(tmp_path, "HEALTHY")]
+    (resumed,) = events(tmp_path, "resume")
+    assert resumed["checkpoint"].endswith(f"checkpoint-{first - 1 if committed else 1:04d}-000000000080")
+    assert checkpoints(tmp_path)[: first - 2] == [(1, 80), (3, 80)][: first - 2]
+    assert checkpoints(tmp_path)[first - 2 :] == [(first + n, 80 * (1 + n)) for n in range(6)]
     target, finished = content(tmp_path, 1)[1], content(tmp_path, first)[1]
     assert [name for name in target if not torch.equal(target[name], finished[name])] == []
     assert content(tmp_path, first + 5)[0]["values"]["stream"]["draw"] == 28 + 50

@@ -33,6 +33,7 @@ WARM = RESUME + "another_runs_average_becomes_generator_and_average_and_its_disc
 IN_VAIN = RESUME + "as_many_starts_in_vain_as_allowed_may_begin_and_the_next_may_not"
 COUNT_ANEW = RESUME + "a_new_checkpoint_or_an_end_as_it_should_be_begins_the_count_anew"
 BEST = KEPT + "the_best_is_the_lowest_and_with_a_minus_the_highest"
+RULES = "tests/unit/test_config_rules.py::test_settings_are_refused_together_exactly_where_they_do_not_fit"
 DAMAGE = KEPT + "damage_in_any_of_its_files_is_found_named_and_never_read"
 MARKS = KEPT + "marks_decide_which_one_is_the_newest"
 TWO_RANKS = "tests/dist/test_loop.py"
@@ -1212,14 +1213,35 @@ FAULTS = [
         "dist_gan/config_reader.py",
         "    if batch % world_size:\n",
         "    if batch < world_size:\n",
-        (CONFIGS + "a_batch_that_does_not_divide_names_the_nearest_that_does",),
+        (RULES,),
     ),
     (
         "a micro-batch need not divide the share of a process",
         "dist_gan/config_reader.py",
-        "elif micro is not None and (batch // world_size) % micro:",
-        "elif micro is not None and batch % micro:",
-        (CONFIGS + "a_micro_batch_that_does_not_divide_the_share_of_a_process_says_what_to_divide",),
+        "(batch // world_size) % micro:",
+        "batch % micro:",
+        (RULES,),
+    ),
+    (
+        "fewer lanes than processes are allowed",
+        "dist_gan/config_reader.py",
+        "data.lanes < world_size:",
+        "data.lanes + 1 < world_size:",
+        (RULES,),
+    ),
+    (
+        "R2 with batch normalisation is allowed",
+        "dist_gan/config_reader.py",
+        "(objective.r1_gamma, objective.r2_gamma, objective.gradient_penalty))",
+        "(objective.r1_gamma, objective.gradient_penalty))",
+        (RULES,),
+    ),
+    (
+        "label smoothing without labels is allowed",
+        "dist_gan/config_reader.py",
+        'objective.kind not in ("minimax", "nonsaturating"):',
+        'objective.kind not in ("minimax", "nonsaturating", "hinge"):',
+        (RULES,),
     ),
     (
         "learning rates may change on resume",

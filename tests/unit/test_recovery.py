@@ -105,5 +105,7 @@ def test_of_several_actions_in_a_step_the_gravest_counts_and_every_update_is_not
     assert found.kind == "roll_back", "a good update after it does not undo it"
     assert "of the discriminator" in found.reason
     assert watched.values()["updates"] == {"discriminator": 2, "generator": 1}
+    both = actions(recovery(window=10, max_nonfinite=1, rollbacks=5), [BAD, BAD])
+    assert "of the discriminator" in both.reason, "of two alike the first is named"
     ended = recovery(window=10, max_nonfinite=1, rollbacks=0)
     assert actions(ended, [GOOD, BAD]).kind == "stop"

@@ -163,7 +163,7 @@ FAULTS = [
     (
         "dropout is never seeded",
         "dist_gan/step.py",
-        "torch.manual_seed(draws.seed_for(",
+        "runtime.seed(draws.seed_for(",
         "str(draws.seed_for(",
         (DROPOUT,),
     ),
@@ -372,8 +372,8 @@ FAULTS = [
     (
         "moments are not taken back",
         "dist_gan/runtime/player.py",
-        "                self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)",
-        "                self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True).zero_()",
+        "torch.empty_like(like).copy_(value)",
+        "torch.zeros_like(like)",
         (HANDED_ON,),
     ),
     (
@@ -600,8 +600,8 @@ FAULTS = [
     (
         "the window is forgotten by a restart",
         "dist_gan/health/recovery.py",
-        'self._recent = {player: list(numbers) for player, numbers in values["recent"].items()}',
-        "self._recent = {player: [] for player in PLAYERS}",
+        'list(values["recent"][player]) for player',
+        "[] for player",
         (RECOVERY + "a_restart_in_between_changes_nothing",),
     ),
     (
@@ -622,8 +622,8 @@ FAULTS = [
     (
         "a rollback goes to the newest checkpoint",
         "dist_gan/resume.py",
-        "checkpointer.newest(healthy=True).url",
-        "checkpointer.newest().url",
+        "    found = checkpointer.newest(healthy=True)\n    if found.url is None:",
+        "    found = checkpointer.newest()\n    if found.url is None:",
         (WENT_BACK,),
     ),
     (
@@ -686,8 +686,8 @@ FAULTS = [
     (
         "a warm start leaves the average at its own start",
         "dist_gan/resume.py",
-        "        if player is state.generator:\n",
-        "        if player is None:\n",
+        "    state.ema.load_tensors({name: averaged[name] for name in state.ema.table()})\n",
+        "",
         (WARM,),
     ),
     (
@@ -708,8 +708,8 @@ FAULTS = [
     (
         "a counter of the progress is not kept",
         "dist_gan/state.py",
-        'names = ("images", "d_updates", "g_updates", "averaged_images", "seconds")',
-        'names = ("images", "g_updates", "averaged_images", "seconds")',
+        'self.d_updates, self.g_updates = values["d_updates"], values["g_updates"]',
+        'self.g_updates = values["g_updates"]',
         (UNBROKEN,),
     ),
     (
@@ -1026,44 +1026,44 @@ FAULTS = [
     # -- checkpoints --------------------------------------------------------------------------------------------------
     (
         "the best is the highest",
-        "dist_gan/checkpoint.py",
-        '-1.0 if section.keep_best.startswith("-") else 1.0',
-        '1.0 if section.keep_best.startswith("-") else -1.0',
+        "dist_gan/retention.py",
+        '-1.0 if wanted.startswith("-") else 1.0',
+        '1.0 if wanted.startswith("-") else -1.0',
         (BEST,),
     ),
     (
         "a minus is ignored",
-        "dist_gan/checkpoint.py",
-        '-1.0 if section.keep_best.startswith("-") else 1.0',
+        "dist_gan/retention.py",
+        '-1.0 if wanted.startswith("-") else 1.0',
         "1.0",
         (BEST,),
     ),
     (
         "abandoned checkpoints are counted among those that are kept",
-        "dist_gan/checkpoint.py",
-        "alive = [u for u in committed if form.ABANDONED not in marks[u]]",
-        "alive = committed",
+        "dist_gan/retention.py",
+        "if entry.is_committed and not entry.is_abandoned]",
+        "if entry.is_committed]",
         (KEPT + "abandoned_ones_are_not_counted_among_those_that_are_kept",),
     ),
     (
         "one checkpoint fewer is kept",
-        "dist_gan/checkpoint.py",
-        "alive[-self._section.keep :]",
-        "alive[1 - self._section.keep :]",
+        "dist_gan/retention.py",
+        "alive[-section.keep :]",
+        "alive[1 - section.keep :]",
         (BEST,),
     ),
     (
         "the oldest healthy checkpoint is kept",
-        "dist_gan/checkpoint.py",
-        "if form.HEALTHY in marks[u]][-1:]",
-        "if form.HEALTHY in marks[u]][:1]",
+        "dist_gan/retention.py",
+        "if entry.is_healthy][-1:]",
+        "if entry.is_healthy][:1]",
         (KEPT + "the_newest_healthy_one_stays_and_older_healthy_ones_do_not",),
     ),
     (
         "the last of each interval is kept",
-        "dist_gan/checkpoint.py",
-        "if images // section.keep_every > last:",
-        "if images // section.keep_every >= last:",
+        "dist_gan/retention.py",
+        "if entry.images // (every or 1) > last:",
+        "if entry.images // (every or 1) >= last:",
         (KEPT + "one_stays_for_each_interval_the_first_at_or_after_its_beginning",),
     ),
     (
@@ -1076,8 +1076,8 @@ FAULTS = [
     (
         "a part's values are not taken back",
         "dist_gan/checkpoint.py",
-        '            state.load_values(manifest["values"][part])\n',
-        "",
+        '                state.load_values(manifest["values"][part])\n',
+        "                str(part)\n",
         (UNBROKEN,),
     ),
     (
@@ -1097,23 +1097,51 @@ FAULTS = [
     (
         "a rollback's abandoned checkpoint is found again",
         "dist_gan/checkpoint_format.py",
-        "if COMMIT not in marks or ABANDONED in marks or",
-        "if COMMIT not in marks or",
+        "or entry.is_abandoned or (healthy",
+        "or (healthy",
         (MARKS,),
     ),
     (
         "any checkpoint is healthy",
         "dist_gan/checkpoint_format.py",
-        "(healthy and HEALTHY not in marks)",
-        "(healthy and COMMIT not in marks)",
+        "not entry.is_healthy and not entry.problem",
+        "not entry.is_committed and not entry.problem",
         (MARKS,),
     ),
     (
         "checkpoints are in the order of their names",
         "dist_gan/checkpoint_format.py",
-        "    return sorted(found)",
-        "    return sorted(found, key=lambda item: item[1])",
+        "for serial, _, name in sorted(found)]",
+        "for serial, _, name in sorted(found, key=lambda item: item[2])]",
         (KEPT + "the_newest_is_the_one_with_the_highest_number_however_long_and_the_next_one_counts_on",),
+    ),
+    (
+        "a rollback marks what is newer by name",
+        "dist_gan/retention.py",
+        "        if other > serial:\n",
+        '        if name > target.rsplit("/", 1)[-1]:\n',
+        (KEPT + "a_rollback_marks_what_is_newer_by_its_number",),
+    ),
+    (
+        "a rollback marks its target too",
+        "dist_gan/retention.py",
+        "        if other > serial:\n",
+        "        if other >= serial:\n",
+        (KEPT + "a_rollback_marks_what_is_newer_by_its_number",),
+    ),
+    (
+        "retention compares names",
+        "dist_gan/retention.py",
+        "entry.serial > serial):",
+        "entry.url > newest):",
+        (KEPT + "what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_under_way",),
+    ),
+    (
+        "retention takes away what is under way",
+        "dist_gan/retention.py",
+        "if entry.url in kept or (not entry.is_committed and entry.serial > serial):",
+        "if entry.url in kept:",
+        (KEPT + "what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_under_way",),
     ),
     # -- the folder, what is shown of a generator, the rules ----------------------------------------------------------
     (
@@ -1147,16 +1175,17 @@ FAULTS = [
     (
         "a generator is exported that was never averaged",
         "dist_gan/export.py",
-        '    manifest, tensors = checkpoint_format.read(place, prefix="ema/")\n',
-        '    manifest, tensors = checkpoint_format.read(place, prefix="generator/weights/")\n'
-        '    tensors = {n.replace("generator/weights/", "ema/"): t for n, t in tensors.items()}\n',
+        '    _, tensors = checkpoint_format.read(place, prefix="ema/")\n',
+        "    _, tensors = checkpoint_format.read(place)\n"
+        '    tensors = {n.replace("generator/weights/", "ema/"): t for n, t in tensors.items() if "/weights/" in n}\n'
+        '    tensors = {n: t for n, t in tensors.items() if n.startswith("ema/")}\n',
         (SHOWN + "what_is_exported_is_the_average_of_the_newest_checkpoint",),
     ),
     (
         "an exported generator is in training mode",
         "dist_gan/export.py",
-        "generator.eval().requires_grad_(False)",
-        "generator.train().requires_grad_(False)",
+        "module.eval().requires_grad_(False)",
+        "module.train().requires_grad_(False)",
         (SHOWN + "what_is_exported_is_the_average_of_the_newest_checkpoint",),
     ),
     (

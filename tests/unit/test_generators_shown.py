@@ -15,7 +15,7 @@ from dist_gan import checkpoint_format, images, load_generator
 from dist_gan.config import DCGANNetworks
 from dist_gan.draws import Draws
 from dist_gan.evaluate import density, sample, to_pictures
-from dist_gan.export import export_generator, generator_of
+from dist_gan.export import export_generator, open_generator
 from dist_gan.models import build_generator
 from dist_gan.sampling import write_samples
 from tests.games import trained
@@ -51,12 +51,11 @@ def test_what_is_exported_is_the_average_of_the_newest_checkpoint(run: Path, tmp
     generator = load_generator(str(tmp_path / "exported"))
     assert not generator.training
     assert all(torch.equal(t, expected[name]) for name, t in generator.state_dict().items())
-    assert generator_of(str(run))[2] == 240
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_samples_of_a_run_are_its_averages_at_the_latents_of_the_seed(run: Path, tmp_path: Path, seed: int) -> None:
-    assert list(write_samples(str(run), str(tmp_path / "a.png"), count=5, seed=seed))
+    assert list(write_samples(open_generator(str(run)), str(tmp_path / "a.png"), count=5, seed=seed))
     latents = Draws(seed).normal("latents/samples", draw=0, slots=torch.arange(5), shape=(4,))
     weights = {name: t.float() for name, t in averaged(run).items()}
     hidden = torch.nn.functional.leaky_relu(latents @ weights["hidden.0.weight"].T + weights["hidden.0.bias"], 0.2)
@@ -95,7 +94,7 @@ def test_pictures_go_through_the_classes_unless_one_is_asked_for(
     exported: tuple[Path, torch.nn.Module], tmp_path: Path, label: int | None, labels: list[int]
 ) -> None:
     folder, generator = exported
-    list(write_samples(str(folder), str(tmp_path / "out"), count=5, label=label))
+    list(write_samples(open_generator(str(folder)), str(tmp_path / "out"), count=5, label=label))
     latents = Draws(0).normal("latents/samples", draw=0, slots=torch.arange(5), shape=(4,))
     expected = pictures(generator, latents, labels)
     assert len({picture.tobytes() for picture in expected}) == 5
@@ -106,7 +105,7 @@ def test_a_walk_goes_along_the_circle_from_one_latent_to_the_next_within_a_class
     exported: tuple[Path, torch.nn.Module], tmp_path: Path
 ) -> None:
     folder, generator = exported
-    list(write_samples(str(folder), str(tmp_path / "walk"), count=2, steps=3))
+    list(write_samples(open_generator(str(folder)), str(tmp_path / "walk"), count=2, steps=3))
     ends = Draws(0).normal("latents/samples", draw=0, slots=torch.arange(4), shape=(4,))
     rows = []
     for row in range(2):

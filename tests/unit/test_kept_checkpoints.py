@@ -29,9 +29,15 @@ def saved(folder: Path, played: Game, counts: dict[int, dict[str, float]], **sec
     """A folder with a checkpoint of each number of images, and its scalars."""
     found = Checkpointer(str(folder), runtime=played.runtime, section=CheckpointSection(**section), facts={})
     for images, scalars in counts.items():
-        found.save(images, played.state.parts(), scalars=scalars)
-        found.drain()
+        save(found, played, images, scalars)
     return found
+
+
+def save(checkpointer: Checkpointer, played: Game, images: int, scalars: dict[str, float] | None = None) -> None:
+    """A checkpoint of the game as it would be after so many images, committed."""
+    played.state.progress.images = images
+    checkpointer.save(images, played.state.parts(), scalars=scalars)
+    checkpointer.drain()
 
 
 def place(folder: Path, serial: int) -> Path:
@@ -68,8 +74,7 @@ def test_the_newest_healthy_one_stays_and_older_healthy_ones_do_not(tmp_path: Pa
     for serial in (1, 2):
         found.mark_healthy(str(place(tmp_path, serial)))
     for images in (400, 500, 600):
-        found.save(images, played.state.parts())
-        found.drain()
+        save(found, played, images)
     assert images_of(tmp_path) == [200, 400, 500, 600]
 
 
@@ -79,8 +84,7 @@ def test_abandoned_ones_are_not_counted_among_those_that_are_kept(tmp_path: Path
     found.abandon_after(str(place(tmp_path, 2)))
     assert [(place(tmp_path, serial) / "ABANDONED").exists() for serial in (1, 2, 3, 4)] == [False, False, True, True]
     found = Checkpointer(str(tmp_path), runtime=played.runtime, section=CheckpointSection(keep=2), facts={})
-    found.save(250, played.state.parts())
-    found.drain()
+    save(found, played, 250)
     assert images_of(tmp_path) == [200, 250]
 
 
@@ -91,17 +95,26 @@ def by_hand(folder: Path) -> dict[str, torch.Tensor]:
     """A checkpoint of two ranks, written from docs/checkpoints.md."""
     folder.mkdir()
     shares = [{"ema/a": torch.arange(5.0), "generator/weights/a": torch.ones(2)}, {"ema/b": torch.arange(3.0)}]
-    files, tensors = {}, {}
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         name = f"data-{rank:05d}-of-00002.safetensors"
         data = safetensors.torch.save(share)
         (folder / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        tensors |= {n: {"file": name, "shape": list(t.shape), "dtype": "F32"} for n, t in share.items()}
+        head_bytes = int.from_bytes(data[:8], "little")
+        for tensor, facts in json.loads(data[8 : 8 + head_bytes]).items():
+            offsets = [8 + head_bytes + offset for offset in facts["data_offsets"]]
+            tensors[tensor] = {"file": name, "shape": facts["shape"], "dtype": facts["dtype"], "offsets": offsets}
     manifest = {
-        "format": "dist_gan.checkpoint", "version": 1, "serial": 7, "images": 1234, "files": files, "tensors": tensors,
-        "values": {"progress": {"images": 1234}},
-    }  # fmt: skip
+        "format": "dist_gan.checkpoint",
+        "version": 1,
+        "serial": int(folder.name.split("-")[1]),
+        "images": 1234,
+        "files": files,
+        "tensors": tensors,
+        "values": {"part": {"counter": 3}},
+    }
     text = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(text)
     (folder / "COMMIT").write_text(hashlib.sha256(text).hexdigest())
@@ -151,6 +164,32 @@ def test_the_newest_is_the_one_with_the_highest_number_however_long_and_the_next
     assert form.newest(str(tmp_path)).url == str(place(tmp_path, 10_000))
     saved(tmp_path, played, {5: {}})
     assert form.newest(str(tmp_path)).url == str(tmp_path / "checkpoint-10001-000000000005")
+
+
+@pytest.mark.parametrize("target", [9_998, 9_999, 10_000])
+def test_a_rollback_marks_what_is_newer_by_its_number(target: int, tmp_path: Path, played: Game) -> None:
+    serials = (2, 9_998, 9_999, 10_000, 10_001)
+    for serial in serials:
+        by_hand(tmp_path / f"checkpoint-{serial:04d}-000000001234")
+    saved(tmp_path, played, {}).abandon_after(str(place(tmp_path, target)))
+    marked = [serial for serial in serials if (place(tmp_path, serial) / "ABANDONED").exists()]
+    assert marked == [serial for serial in serials if serial > target]
+
+
+def test_what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_under_way(
+    tmp_path: Path, played: Game
+) -> None:
+    for serial in (9_997, 9_998, 10_005):
+        by_hand(tmp_path / f"checkpoint-{serial:04d}-000000001234")
+        if serial != 9_998:
+            (place(tmp_path, serial) / "COMMIT").unlink()
+    found = saved(tmp_path, played, {}, keep=2)
+    (tmp_path / "away").mkdir()
+    place(tmp_path, 10_005).rename(tmp_path / "away" / "later")
+    save(found, played, 10)  # takes the number 9999
+    (tmp_path / "away" / "later").rename(tmp_path / "checkpoint-10005-000000001234")
+    save(found, played, 20)
+    assert [serial for serial, _ in form.listed(str(tmp_path))] == [9_999, 10_000, 10_005]
 
 
 def test_marks_decide_which_one_is_the_newest(tmp_path: Path) -> None:

@@ -73,23 +73,24 @@ def test_an_exported_generator_leaves_the_discriminator_at_its_own_start(run: Pa
 
 
 def test_weights_of_another_shape_stay_at_their_start_and_are_named(run: Path, tmp_path: Path) -> None:
-    with started(tmp_path, *GAME, f"run.init_from={run}", "networks.width=5") as begun:
+    with started(tmp_path, *GAME, "networks.latent_dim=3", f"run.init_from={run}") as begun:
         state = begun.state
-        assert torch.equal(state.generator.parameters["out.bias"].detach(), kept(run)["ema/out.bias"])
+        assert torch.equal(state.generator.parameters["out.weight"].detach(), kept(run)["ema/out.weight"])
         averaged = dict(state.ema.tensors())
         assert all(torch.equal(averaged[n], p) for n, p in state.generator.parameters.items())
         notes = lines(tmp_path / "events.jsonl")[0]["notes"]
-    assert "generator: 1 of 4 tensors taken" in notes[0]
-    assert "hidden.0.weight is (8, 4), not (5, 4)" in notes[0]
+    assert "generator: 3 of 4 tensors taken" in notes[0]
+    assert "hidden.0.weight is (8, 4), not (8, 3)" in notes[0]
 
 
 def test_a_run_with_a_checkpoint_of_its_own_takes_no_others_weights(run: Path, tmp_path: Path) -> None:
-    trained(tmp_path, *GAME, "run.seed=5")
-    with started(tmp_path, *GAME, "run.seed=5", f"run.init_from={run}", "run.images=320", attempt=2) as begun:
+    settings = (*GAME, f"run.init_from={run}")
+    trained(tmp_path, *settings)
+    own, theirs = kept(tmp_path), kept(run)
+    assert not torch.equal(own["generator/weights/out.weight"], theirs["ema/out.weight"])
+    with started(tmp_path, *settings, "run.images=320", attempt=2) as begun:
         assert begun.state.progress.images == 160
-        assert equal(
-            {n: p.detach() for n, p in begun.state.generator.parameters.items()}, kept(tmp_path), "generator/weights/"
-        )
+        assert equal({n: p.detach() for n, p in begun.state.generator.parameters.items()}, own, "generator/weights/")
 
 
 def test_a_named_checkpoint_is_taken_although_there_is_a_newer_one(run: Path, tmp_path: Path) -> None:

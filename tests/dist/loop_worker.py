@@ -1,0 +1,44 @@
+"""The loop on points on every rank, the last of which is asked to stop: loop_worker.py FOLDER [key=value ...].
+
+Every rank leaves how its run ended in FOLDER/rank-N.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from dist_gan.data import PointStream
+from dist_gan.runtime import Launch, Runtime, StopRequest
+from dist_gan.trainer import build, fit
+from dist_gan.types import Batch
+from tests.games import points_config
+
+ASKED_AT_DRAW = 11
+
+
+def main(folder: Path, overrides: list[str]) -> None:
+    config = points_config(f"run.dir={folder}", *overrides)
+    runtime = Runtime(config.runtime, Launch("ddp", precision="fp64"))
+    stop, honest_next = StopRequest(names=("USR1",)), PointStream.next
+
+    def asking(stream: PointStream) -> Batch:
+        batch = honest_next(stream)
+        if runtime.rank == runtime.world_size - 1 and batch.draw == ASKED_AT_DRAW:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return batch
+
+    PointStream.next = asking  # type: ignore[method-assign]
+    run = build(config, runtime, stop, attempt=1)
+    end = fit(run)
+    run.tracker.close()
+    asked = stop.signal
+    (folder / f"rank-{runtime.rank}.json").write_text(json.dumps({"end": list(end), "asked": asked}))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

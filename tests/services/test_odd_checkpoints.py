@@ -44,13 +44,14 @@ def in_its_place(kind: str) -> Callable[[Path], None]:
     return put
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "COMMIT", "data", ""])
-@pytest.mark.parametrize("kind", ["a folder", "a loop of links", "a pipe"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("manifest.json", "COMMIT", "data") for kind in ("a folder", "a loop of links", "a pipe")]
+    + [("", "a loop of links")],
+)
 def test_a_newest_checkpoint_that_cannot_be_read_is_named_and_the_one_before_it_taken(
     tmp_path: Path, runtime: Runtime, name: str, kind: str
 ) -> None:
-    if not name and kind != "a loop of links":
-        pytest.skip("a folder, or a pipe that nobody committed, is no checkpoint")
     found = saved(tmp_path, runtime, 10, 20)
     newest = tmp_path / SECOND
     in_its_place(kind)(next(newest.glob("data-*")) if name == "data" else newest / name if name else newest)

@@ -52,7 +52,7 @@ def lay_out(wrapped: DistributedDataParallel) -> str:
         wrapped: DDP around a `Bucketed` network, before its first pass.
     """
     with torch.enable_grad():
-        for _ in range(_PASSES):
+        for _ in range(_PASSES):  # by name: on a GPU, DDP cannot be called without any argument
             wrapped(only_parameters=True).backward()
     for parameter in wrapped.parameters():
         parameter.grad = None

@@ -77,7 +77,7 @@ def _main(arguments: list[str]) -> int:
         named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
         from dist_gan.launch import refuse_start
 
-        return refuse_start(str(error), named)
+        return refuse_start(error, named)
     if is_rehearsal:
         for line in describe(config, world_size=place.world_size).splitlines():
             print(safe(line))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dist_gan.data.embedded import prepare_data
 from dist_gan.ending import Ending
 from dist_gan.last_words import silent_about_full_disks, within
 from dist_gan.run_folder import RunFolder, sees_attempt
-from dist_gan.runtime import Runtime, StopRequest, Word, open_meeting, read_launch
+from dist_gan.runtime import NotMet, Runtime, StopRequest, Word, open_meeting, read_launch
 from dist_gan.trainer import Run, build, fit
 from dist_gan.types import UserError
 
@@ -55,20 +56,18 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
         return code
 
 
-def refuse_start(reason: str, run_dir: str | None) -> int:
+def refuse_start(mistake: UserError, run_dir: str | None) -> int:
     """Refuses a start whose settings cannot be used, on all ranks of the launch; the exit code.
 
     Args:
-        reason: what is wrong.
+        mistake: what is wrong.
         run_dir: the run's folder; None where none was named, or nothing was to be started.
     """
     with terminal.unbreakable():
         ending = Ending(run_dir)
-        try:
+        with suppress(NotMet):  # then each rank says it by itself
             ending.meeting = open_meeting(os.environ, patience_s=_REFUSAL_WITHIN_S)
-            raise UserError(reason)
-        except BaseException as error:
-            code = ending.badly(error if isinstance(error, UserError) else UserError(reason))
+        code = ending.badly(mistake)
         ending.close(code)
         return code
 

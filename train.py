@@ -13,17 +13,30 @@ A launcher turns every failure into 1: read outcome.json. DIST_GAN_TRACEBACK=1 s
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """Ends a program that is still being read, in one sentence."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"dist_gan: stopped by SIGINT before the start; start the same command again\n")
+    os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupted)
 
 # Read once, when torch is imported: waiting threads sleep instead of spinning. With spinning, one other busy process
 # on the machine (or our own decoder) made a step of small networks seven times slower; measured on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dist_gan.config_reader import run_dir_of, schema_help
-from dist_gan.mistakes import UserError
-from dist_gan.start import describe, place_in_launch, settings
-from dist_gan.wording import last_resort, print_anything, report, safe
+from dist_gan.config_reader import run_dir_of, schema_help  # noqa: E402
+from dist_gan.mistakes import UserError  # noqa: E402
+from dist_gan.start import describe, place_in_launch, settings  # noqa: E402
+from dist_gan.wording import last_resort, print_anything, report, safe  # noqa: E402
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
 
@@ -62,7 +75,9 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         # The embedded recipe's folder was not named by who mistyped it, and a rehearsal starts nothing.
         named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
-        return refused(str(error), named)
+        from dist_gan.launch import refuse_start
+
+        return refuse_start(error, named)
     if is_rehearsal:
         for line in describe(config, world_size=place.world_size).splitlines():
             print(safe(line))
@@ -75,17 +90,6 @@ def _main(arguments: list[str]) -> int:
 def help_text() -> str:
     """How to call it, and every setting."""
     return f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}"
-
-
-def refused(reason: str, run_dir: str | None) -> int:
-    """One report from one rank, and outcome.json where the run folder is known."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        from dist_gan.run_folder import refuse
-
-        print(report(f"dist_gan: {reason}"), flush=True)
-        if run_dir is not None:
-            refuse(Path(run_dir), reason=reason)
-    return 2
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import Order
 from dist_gan.data.pack import pack
 from dist_gan.data.sources import ArraySource
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import Launch, Missing, Runtime
 from dist_gan.types import TensorFacts
 
 SAMPLES = 2_000
@@ -173,7 +174,18 @@ def _be_a_rank(rank: int, ranks: int, port: int, folder: Path, shards: Path, beg
             "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         section = RuntimeSection(device="cpu", threads=1)
-        runtime = Runtime(section, Launch("ddp"))
+        killed, lock = [time.monotonic()], threading.Lock()
+
+        def record(missing: Missing) -> None:
+            """Whoever finds out first: the thread in the collective, or the one that looks after the neighbours."""
+            place = folder / f"lost-{rank}.json"
+            with lock:
+                if missing.reason and not place.exists():
+                    seconds = time.monotonic() - killed[0]
+                    place.with_suffix(".part").write_text(json.dumps({"reason": missing.reason, "seconds": seconds}))
+                    place.with_suffix(".part").rename(place)
+
+        runtime = Runtime(section, Launch("ddp"), on_lost=record)
         runtime.barrier()
         joined_s = time.monotonic() - began
         if runtime.is_main:
@@ -193,18 +205,13 @@ def _be_a_rank(rank: int, ranks: int, port: int, folder: Path, shards: Path, beg
         if runtime.is_main:
             (folder / "rank-0.json").write_text(json.dumps(found))
             (folder / "quiet").touch()
-        killed = time.monotonic()
         try:
             while True:
                 runtime.barrier()
-                killed = time.monotonic()
+                killed[0] = time.monotonic()
         except RuntimeError:
-            missing = runtime.lost()
-        seconds = time.monotonic() - killed
-        place = folder / f"lost-{rank}.json"
-        place.with_suffix(".part").write_text(json.dumps({"reason": missing.reason, "seconds": seconds}))
-        place.with_suffix(".part").rename(place)
-        runtime.close()  # leaves, so that those who were waiting for this rank find out too
+            record(runtime.lost())
+        # Leaves, so that those who were waiting for this rank find out too.
     except BaseException:
         traceback.print_exc()
         faulthandler.dump_traceback()

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import platform
-import sys
-import time
-import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from dist_gan import storage
+from dist_gan import terminal
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import to_yaml
 from dist_gan.data import Stage
 from dist_gan.data.embedded import prepare_data
-from dist_gan.run_folder import OUTCOME, RunFolder, refuse, sees_attempt, write_outcome
-from dist_gan.runtime import Missing, Runtime, StopRequest, read_launch
-from dist_gan.trainer import End, build, fit
-from dist_gan.types import TrainingFailed, UserError
-from dist_gan.wording import report, safe
+from dist_gan.ending import Ending
+from dist_gan.last_words import silent_about_full_disks, within
+from dist_gan.run_folder import RunFolder, sees_attempt
+from dist_gan.runtime import NotMet, Runtime, StopRequest, Word, open_meeting, read_launch
+from dist_gan.trainer import Run, build, fit
+from dist_gan.types import UserError
 
-FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class _ForRankZeroToSay(UserError):
-    """What all ranks know, and this one has no place to ask whether it has been said."""
+_REFUSAL_WITHIN_S = 20.0
+"""A start that is refused before its settings are known waits so long for the other ranks."""
 
 
 def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
@@ -39,86 +33,79 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
     75 says that the run was asked to stop, has saved itself, and wants to be started again. A launcher that restarts
     by itself (`--max-restarts`) would do so at once, so under such a one a stopped run leaves with 0.
 
-    Rank 0 makes every check that needs no other rank before there is a process group; the others wait for it in the
-    rendezvous, and the launcher ends them if it leaves.
+    Rank 0 makes every check that needs no other rank before there is a process group; the others wait for its word in
+    the launch's store, and leave with the same code if it refuses. A rank of several that fails does not return: it
+    leaves its outcome, its word and its sentence, and ends the process.
 
     Args:
         config: every setting.
         stages: a user's own steps between decoding and batching; docs/data.md has an example.
     """
-    folder: RunFolder | None = None
-    runtime: Runtime | None = None
-    stop: StopRequest | None = None  # until there is something to lose, a signal just ends the process
-    try:
-        if int(os.environ.get("RANK", "0")) == 0:
-            try:
-                launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
-                folder = RunFolder(config)
-            except UserError as error:
-                say(str(error))
-                refuse(Path(config.run.dir), reason=str(error))
-                return CONFIGURATION_WRONG
-            for note in (*folder.notes, *prepare_data(config)):
-                say(note)
-        else:
-            launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
-        runtime = Runtime(config.runtime, launched, on_lost=lambda missing: _lost(config, folder, missing))
-        stop = StopRequest()
-        end = _train(config, runtime, folder, stop, stages)
-        code = FINISHED if end.stopped_by is None else PREEMPTED
-        if folder is not None:
-            outcome = "finished" if end.stopped_by is None else "preempted"
-            reason = "" if end.stopped_by is None else f"asked to stop by {end.stopped_by}"
-            folder.write_outcome(outcome, code=code, images=end.images, reason=reason, commit=end.commit)
-        runtime.barrier()
-        return FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
-    except _ForRankZeroToSay:
-        return CONFIGURATION_WRONG
-    except UserError as error:
-        return _leave(config, folder, "configuration_wrong", code=CONFIGURATION_WRONG, reason=str(error))
-    except TrainingFailed as error:
-        return _leave(config, folder, "failed", code=FAILED, reason=str(error))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
-            reason = f"cannot write {error.filename or config.run.dir}: {storage.why(error)}"
-            return _leave(config, folder, "failed", code=FAILED, reason=reason)
-        if _outcome(config).exists():
-            return CRASHED  # another rank has said what happened; this one only lost the connection
-        missing = runtime.lost() if runtime is not None and isinstance(error, RuntimeError) else Missing(None)
-        if missing.reason is not None:
-            return _lost(config, folder, missing)
-        print(report(traceback.format_exc()), file=sys.stderr, flush=True)
-        return _leave(config, folder, "crashed", code=CRASHED, reason=safe(f"{type(error).__name__}: {error}"))
-    finally:
-        if runtime is not None:
-            runtime.close()
-        if folder is not None:
-            folder.close()
-        if stop is not None:
-            stop.close()
+    with terminal.unbreakable(), silent_about_full_disks():
+        ending = Ending(config.run.dir)
+        ending.watch_launcher()
+        parts: list[Run] = []
+        try:
+            code = _run(config, ending, stages, parts)
+        except BaseException as error:  # a stage may raise anything, and the other ranks wait
+            code = ending.badly(error)
+        for part in parts:  # of a run that failed
+            within(part.tracker.close)
+            within(part.state.stream.close)
+        ending.close(code)
+        return code
 
 
-def _lost(config: RunConfig, folder: RunFolder | None, missing: Missing) -> int:
-    """Says who is missing; a process that is cut off from the first machine cannot leave that to another one."""
-    reason = f"{missing.reason}; start the same command again to resume"
-    if missing.cut_off and int(os.environ.get("LOCAL_RANK", "0")) == 0 and _outcome(config).exists():
-        say(reason)
-        return CRASHED
-    return _leave(config, folder, "crashed", code=CRASHED, reason=reason)
+def refuse_start(mistake: UserError, run_dir: str | None) -> int:
+    """Refuses a start whose settings cannot be used, on all ranks of the launch; the exit code.
+
+    Args:
+        mistake: what is wrong.
+        run_dir: the run's folder; None where none was named, or nothing was to be started.
+    """
+    with terminal.unbreakable():
+        ending = Ending(run_dir)
+        with suppress(NotMet):  # then each rank says it by itself
+            ending.meeting = open_meeting(os.environ, patience_s=_REFUSAL_WITHIN_S)
+        code = ending.badly(mistake)
+        ending.close(code)
+        return code
 
 
-def _train(
-    config: RunConfig, runtime: Runtime, folder: RunFolder | None, stop: StopRequest, stages: Sequence[Stage]
-) -> End:
+def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list[Run]) -> int:
+    ending.stop = stop = StopRequest(on_second=ending.asked_twice)
+    patience_s = config.runtime.start_timeout_s
+    ending.meeting = meeting = open_meeting(os.environ, patience_s=patience_s)
+    launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
+    if ending.rank == 0:
+        with stop.put_off():
+            ending.folder = RunFolder(config)
+            ending.attempt = ending.folder.attempt
+        for note in (*ending.folder.notes, *prepare_data(config)):
+            terminal.say(note)
+        if meeting is not None and (word := meeting.open_for(ending.attempt, patience_s=patience_s)) is not None:
+            return ending.refused_by(word)
+    elif meeting is not None:
+        answer = meeting.join(patience_s=patience_s)
+        if isinstance(answer, Word):
+            return ending.refused_by(answer)
+        ending.attempt = answer
+    ending.runtime = runtime = Runtime(
+        config.runtime, launched, meeting=meeting, on_lost=ending.lost, on_over=ending.heard
+    )
+    ending.meeting = runtime.meeting  # the first connection is the process groups' from here on
     _refuse_strangers(config, runtime)
-    attempt = runtime.share_json(folder.attempt if folder else None)
+    attempt = runtime.share_json(ending.attempt)
     _refuse_a_private_folder(config, runtime, attempt=attempt)
-    parts = build(config, runtime, stop, attempt=attempt, stages=stages)
-    try:
-        return fit(parts)
-    finally:
-        parts.tracker.close()
-        parts.state.stream.close()
+    run = build(config, runtime, stop, attempt=attempt, stages=stages)
+    parts.append(run)
+    ending.progress = run.state.progress
+    stop.training_begins()
+    end = fit(run)
+    run.tracker.close()
+    run.state.stream.close()
+    parts.clear()
+    return ending.well(images=end.images, commit=end.commit, stopped_by=end.stopped_by)
 
 
 def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
@@ -147,8 +134,6 @@ def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: in
     names = [name for name in runtime.gather_json(blind) if name is not None]
     if not names:
         return
-    if not runtime.is_main:
-        raise _ForRankZeroToSay
     raise UserError(
         f"run.dir: {', '.join(names)} does not see {config.run.dir} as rank 0 does; choose a run.dir on a disk that all "
         f"machines share"
@@ -162,32 +147,3 @@ def code_hash() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _outcome(config: RunConfig) -> Path:
-    return Path(config.run.dir) / OUTCOME
-
-
-def _leave(config: RunConfig, folder: RunFolder | None, outcome: str, *, code: int, reason: str) -> int:
-    """Says once, over all ranks, why the run ended.
-
-    What all ranks agree on is for rank 0 to say; what only this rank knows is said here when rank 0 stays silent.
-    """
-    if folder is None:
-        deadline = time.monotonic() + 8.0  # rank 0 may need a few seconds to find out who is missing
-        while not _outcome(config).exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-    if _outcome(config).exists():
-        return code
-    say(reason)
-    try:
-        attempt = folder.attempt if folder is not None else 0
-        write_outcome(Path(config.run.dir), outcome, code=code, reason=reason, attempt=attempt)
-    except TrainingFailed as error:
-        say(f"outcome.json could not be written: {error}")
-    return code
-
-
-def say(reason: str) -> None:
-    """The one message of a run that did not start or did not finish."""
-    print(report(f"dist_gan: {reason}"), flush=True)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from dist_gan import checkpoint_format, records, storage
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import differences, read_written, to_yaml
+from dist_gan.outcome import OUTCOME, release, reserve, write_outcome
 from dist_gan.records import Damaged
-from dist_gan.types import UserError
-from dist_gan.wording import report
+from dist_gan.types import TrainingFailed, UserError
 
-OUTCOME = "outcome.json"
 ATTEMPTS = "attempts"
 """How often the run has been started."""
 SEEN_WITHIN_S = 15.0
@@ -47,10 +45,13 @@ class RunFolder:
         self.notes: list[str] = []
         self._lock = self._claim()
         try:
+            # Until it is known to be ours nothing in it is touched.
             self._refuse_odd_files()
             self._refuse_other_settings(config)
+            self._sign()
             self.attempt = self._next_attempt()
             (self.path / OUTCOME).unlink(missing_ok=True)
+            reserve(self.path)
             storage.publish(str(self.path / "config.yaml"), to_yaml(config).encode())
         except BaseException:
             self._lock.close()
@@ -77,10 +78,15 @@ class RunFolder:
                 f"run.dir: the file system of {self.path} has no locks ({error.strerror}); mount it with them, or choose "
                 f"another run.dir"
             ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
         return lock
+
+    def _sign(self) -> None:
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+            self._lock.flush()
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write in {self.path}: {storage.why(error)}") from error
 
     def _refuse_odd_files(self) -> None:
         """Raises where a folder or a pipe has the name of a file that has to be written, or a file that of a folder."""
@@ -132,12 +138,14 @@ class RunFolder:
         return attempt
 
     def write_outcome(self, outcome: str, *, code: int, images: int, reason: str, commit: str | None) -> None:
-        """Says how the run ended: written last, atomically. `commit` is the checkpoint that it would go on from."""
-        note_end(self.path, attempt=self.attempt, outcome=outcome)
+        """Says how the run ended, atomically and first of all. `commit` is the checkpoint that it would go on from."""
         write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt, commit=commit)
+        with suppress(OSError, TrainingFailed):  # the outcome is what counts
+            note_end(self.path, attempt=self.attempt, outcome=outcome)
 
     def close(self) -> None:
         """Gives the folder up."""
+        release(self.path)
         self._lock.close()
 
 
@@ -210,38 +218,9 @@ def note_end(folder: Path, *, attempt: int, outcome: str) -> None:
     records.append(folder / STARTS, {"attempt": attempt, "ended": outcome})
 
 
-def write_outcome(
-    folder: Path,
-    outcome: str,
-    *,
-    code: int,
-    images: int = 0,
-    reason: str = "",
-    attempt: int = 0,
-    commit: str | None = None,
-) -> None:
-    """`outcome.json`: how a run ended, for whoever decides what happens next."""
-    value: dict[str, Any] = {
-        "outcome": outcome,
-        "code": code,
-        "images": images,
-        "commit": commit,
-        "attempt": attempt,
-        "reason": report(reason),
-        "unix_time": round(time.time(), 3),
-    }
-    storage.publish(str(folder / OUTCOME), (json.dumps(value, indent=1) + "\n").encode())
-
-
-def refuse(folder: Path, *, reason: str) -> None:
-    """Leaves `outcome.json` for a start that was refused before the folder was owned.
-
-    A living owner's folder is left alone: its outcome is its own to write.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "run.lock", "a+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_outcome(folder, "configuration_wrong", code=2, reason=reason)
-    except OSError:
-        return  # the reason has been printed; a folder that cannot be written cannot hold it too
+def is_attempt_of(folder: Path, attempt: int) -> bool:
+    """Whether an attempt is the last one of the run in a folder: nobody but it may leave an outcome there."""
+    with suppress(OSError, UserError, TrainingFailed):
+        os.listdir(folder)  # a client of a network file system looks anew
+        return _attempt_in(folder / ATTEMPTS) == attempt
+    return False

@@ -105,11 +105,17 @@ flock --wait "$((${SLURM_RESTART_COUNT:-0} > 0 ? 120 : 0))" --conflict-exit-code
 mark="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 echo "$mark" >"$run_dir/slurm/lock"
 
+# A start that is refused owns no run folder, and leaves its outcome here; what an earlier attempt has left is not touched.
+DIST_GAN_REFUSED="$(realpath "$run_dir")/slurm/refused.json"
+export DIST_GAN_REFUSED
+rm -f "$DIST_GAN_REFUSED"
 outcome_file="$run_dir/outcome.json"
 outcome_before="$(cat "$outcome_file" 2>/dev/null || true)"
 field() { # of the outcome that this start has left; empty if it left none
-  [[ -r "$outcome_file" && "$(<"$outcome_file")" != "$outcome_before" ]] || return 0
-  sed -n "s/^ *\"$1\": \"\\(.*\\)\",\\{0,1\\}\$/\\1/p" "$outcome_file"
+  local file="$outcome_file"
+  [[ -r "$file" && "$(<"$file")" != "$outcome_before" ]] || file="$DIST_GAN_REFUSED"
+  [[ -r "$file" ]] || return 0
+  sed -n "s/^ *\"$1\": \"\\(.*\\)\",\\{0,1\\}\$/\\1/p" "$file"
 }
 newest_commit() { # empty if there is none
   [[ ! -d "$run_dir/checkpoints" ]] || find "$run_dir/checkpoints" -mindepth 2 -maxdepth 2 -name COMMIT | sort -V | tail -n 1
@@ -178,13 +184,13 @@ if ! run_step --output="$join_log" bash -c 'trap "" USR2; exec $CONTAINER python
 fi
 
 # The signal is the trainer's, which sets its own handler: the launcher would die of it. Where a launcher fails it stays
-# until outcome.json is there, for the step ends with it, and a rank of another node may be about to say who was lost.
+# until this start has left an outcome, for the step ends with it, and a rank of another node may be about to say who was lost.
 # shellcheck disable=SC2016
 node='
   trap "" USR2
   trap : TERM
   $CONTAINER accelerate launch --machine_rank "$SLURM_NODEID" "$@" && exit 0
-  for ((i = 0; i < 30; i++)); do [[ -e "$RUN_DIR/outcome.json" ]] && break || sleep 0.5; done
+  for ((i = 0; i < 30; i++)); do [[ "$RUN_DIR/outcome.json" -nt "$RUN_DIR/slurm/lock" || -e "$DIST_GAN_REFUSED" ]] && break || sleep 0.5; done
   exit 1'
 if [[ -n "$asked$ended" ]]; then
   say "stopped before the training began, and not requeued"

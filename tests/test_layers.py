@@ -23,14 +23,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "wording", "mistakes", "types", "urls", "config_values", "config", "config_text", "config_mistakes", "config_rules",
         "config_help", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
-        "tensorfile", "records",
+        "tensorfile", "records", "terminal", "last_words",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
         "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "checkpoint_manifest",
-        "retention", "scalars", "run_folder", "export", "health.monitor",
+        "retention", "scalars", "outcome", "run_folder", "export", "health.monitor",
     ),
-    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "launch", "start"),
+    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "ending", "launch", "start"),
     ("cli", "train"),
 )  # fmt: skip
 """Floor by floor, L0 first. In L3 the order of the names is the order of building: a room sees only earlier rooms."""

@@ -10,9 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
+from dist_gan.runtime.meeting import Meeting
 from dist_gan.types import TrainingFailed
 
 _TO_CHECK = (
@@ -23,24 +22,22 @@ FIRST_REDUCTION_S = 120
 """Longest wait for the first sum: the processes have met by then, and only connections are left to be made."""
 
 
-def join(*, on_cpu: bool, timeout: timedelta) -> None:
-    """Makes the training group, as accelerate would, but apart from what an earlier attempt has left in the store.
-
-    Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
+def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
+    """Makes the training group, as accelerate would, but over the store in which the ranks have met.
 
     Raises:
         TrainingFailed: the network that the processes are to talk over is not there; says what to look at.
     """
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    apart = PrefixStore(f"dist_gan/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
     # gloo's processes then connect to those they talk to. By default each connects to all others in each of three groups,
     # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
-        dist.init_process_group(backend, store=apart, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
+        )
     except (dist.DistStoreError, dist.DistNetworkError):
         raise  # of the store: some process did not come
     except RuntimeError as error:

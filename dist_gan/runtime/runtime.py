@@ -22,8 +22,10 @@ from dist_gan.runtime.batchnorm import synchronise_batchnorm
 from dist_gan.runtime.buckets import Bucketed, lay_out
 from dist_gan.runtime.fingerprint import Comparison
 from dist_gan.runtime.groups import FIRST_REDUCTION_S, first_reduction, join
-from dist_gan.runtime.heartbeat import Heartbeat, Missing, private_store
+from dist_gan.runtime.heartbeat import Heartbeat, Missing
 from dist_gan.runtime.launched import Launch
+from dist_gan.runtime.launcher import find_launcher
+from dist_gan.runtime.meeting import Meeting, Word, open_meeting
 from dist_gan.runtime.numerics import set_numerics
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
 from dist_gan.types import Network, Networks, TrainingFailed, UserError
@@ -41,11 +43,19 @@ class Runtime:
     Args:
         section: how the machine is used.
         launch: what the launcher asked for.
+        meeting: of the launch's ranks, once all are there; without it they meet here.
         on_lost: is told which rank is missing before this process ends for it.
+        on_over: is told why the launch is over, if another rank has said so, before this process ends for it.
     """
 
     def __init__(
-        self, section: RuntimeSection, launch: Launch, *, on_lost: Callable[[Missing], object] | None = None
+        self,
+        section: RuntimeSection,
+        launch: Launch,
+        *,
+        meeting: Meeting | None = None,
+        on_lost: Callable[[Missing], object] | None = None,
+        on_over: Callable[[Word], object] | None = None,
     ) -> None:
         self.section = section
         self.launch = launch
@@ -54,9 +64,22 @@ class Runtime:
         set_numerics(section)
         on_cpu = section.device == "cpu" or not torch.cuda.is_available()
         timeout = timedelta(seconds=section.start_timeout_s)
+        meeting = meeting or open_meeting(os.environ, patience_s=section.start_timeout_s)
+        self.meeting: Meeting | None = None
+        """Of the launch's ranks, on the connection of the signs of life."""
+        self._heartbeat: Heartbeat | None = None
+        if meeting is not None:
+            self.meeting = meeting.private()
+            # Before the groups: a rank that dies while they are being made is missed, too.
+            self._heartbeat = Heartbeat(
+                self.meeting,
+                patience_s=section.start_timeout_s,
+                launcher=find_launcher(os.environ),
+                on_missing=on_lost or (lambda missing: print(safe(f"dist_gan: {missing.reason}"), flush=True)),
+                on_over=on_over or (lambda word: None),
+            )
+            join(meeting, on_cpu=on_cpu, timeout=timeout)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1:
-            join(on_cpu=on_cpu, timeout=timeout)
         self._accelerators = make_accelerators(section, launch, on_cpu=on_cpu, timeout=timeout)
         accelerator = self._accelerators["generator"]
         self.rank: int = accelerator.process_index
@@ -67,17 +90,9 @@ class Runtime:
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._control = self._writer = None
         self._engine_groups: list[dist.ProcessGroup] = []
-        self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=timeout)
             self._writer = dist.new_group(backend="gloo", timeout=timeout)
-            self._heartbeat = Heartbeat(
-                private_store(dist.distributed_c10d._get_default_store()),
-                rank=self.rank,
-                world_size=self.world_size,
-                patience_s=section.start_timeout_s,
-                on_failure=on_lost or (lambda missing: print(safe(f"dist_gan: {missing.reason}"), flush=True)),
-            )
             self._reduce_once()
 
     def _reduce_once(self) -> None:
@@ -87,13 +102,8 @@ class Runtime:
             "the control group": (self._control, cpu),
             "the checkpoints' group": (self._writer, cpu),
         }
-        assert self._heartbeat is not None
-        try:
-            limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # before the heartbeat loses patience
-            first_reduction(places, world_size=self.world_size, timeout_s=limit)
-        except TrainingFailed:
-            self._heartbeat.close()
-            raise
+        limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # before the heartbeat loses patience
+        first_reduction(places, world_size=self.world_size, timeout_s=limit)
 
     @property
     def is_main(self) -> bool:
@@ -372,8 +382,16 @@ class Runtime:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @property
+    def place(self) -> str:
+        """What this rank began last; empty for a lone process."""
+        return self._heartbeat.place if self._heartbeat is not None else ""
+
     def close(self) -> None:
-        """Leaves the process groups."""
+        """Leaves the process groups, on all ranks together: over NCCL that waits for every one of them.
+
+        Only after a barrier that succeeded. Who leaves otherwise ends its process, and so its share of the groups.
+        """
         if self._heartbeat is not None:
             self._heartbeat.close()
         if self.world_size > 1 and dist.is_initialized():

@@ -21,6 +21,7 @@ from tests.conftest import ROOT, environment, launch
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 
 TRAIN = ROOT / "train.py"
+INSTRUMENTED = ROOT / "tests" / "dist" / "instrumented.py"
 ADDRESS = "10.213.7.1"
 """Of the first host."""
 STEP_TIMEOUT_S = 10
@@ -52,18 +53,19 @@ class Hosts(NamedTuple):
         return processes
 
     def launch(
-        self, arguments: Sequence[str], *, port: int, logs: Path, mounts: tuple[str, str] = (":", ":")
-    ) -> list[subprocess.Popen[bytes]]:
+        self, arguments: Sequence[str], *, port: int, logs: Path, mounts: tuple[str, str] = (":", ":"),
+        script: Path = TRAIN, each: int = 1, **variables: str,
+    ) -> list[subprocess.Popen[bytes]]:  # fmt: skip
         """`accelerate launch` on each host, as a person would start it."""
         commands = [
             [
                 sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "cpu.yaml"),
-                "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", ADDRESS,
-                "--main_process_port", str(port), str(TRAIN), *arguments,
+                "--num_machines", "2", "--num_processes", str(2 * each), "--machine_rank", str(rank), "--main_process_ip", ADDRESS,
+                "--main_process_port", str(port), str(script), *arguments,
             ]
             for rank in (0, 1)
         ]  # fmt: skip
-        return self.run(commands, logs=logs, mounts=mounts)
+        return self.run(commands, logs=logs, mounts=mounts, **variables)
 
     def plug(self, *, connected: bool) -> None:
         """Puts the cable in, or pulls it out."""
@@ -146,6 +148,32 @@ def test_two_hosts_train_to_the_weights_of_one_survive_a_cut_cable_and_resume(
     assert [e["event"] for e in events(two) if e["event"] in ("start", "resume", "end")] == ["start", "resume", "end"]
     assert (two / "run.lock").read_text().endswith("on host-a")
     assert_same_state(one, two)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("fault", "each", "words"), [("stop", 2, "has fallen silent"), ("kill", 1, "has fallen silent")])
+def test_a_rank_that_is_gone_from_the_second_host_is_named_on_the_first_though_no_collective_ever_fails(
+    hosts: Hosts, small_shards: Path, tmp_path: Path, fault: str, each: int, words: str
+) -> None:
+    run, out, logs, last = tmp_path / "run", tmp_path / "out", tmp_path / "logs", 2 * each - 1
+    arguments = [str(out), f"{fault}:20", *small(small_shards, run, "run.images=64k", "runtime.step_timeout_s=300")]
+    processes = hosts.launch(
+        arguments, port=29_504, logs=logs, script=INSTRUMENTED, each=each, DEAF="1", FAULTY_RANK=str(last)
+    )  # fmt: skip
+    for process in processes:
+        assert process.wait(timeout=120) != 0
+    fired = os.path.getmtime(out / "fault-fired")
+    assert time.time() - fired < 30
+    left = outcome(run)
+    assert left["outcome"] == "crashed", left
+    assert f"rank {last} {words} in: " in left["reason"]
+    assert "on host-b); start the same command again to resume" in left["reason"]
+    assert left["unix_time"] - fired < 20
+    messages = [line for host in said(logs) for line in host]
+    assert len(messages) == 1, messages
+    for rank in (0, 1):
+        text = (logs / f"host-{rank}.log").read_text()
+        assert not text.rstrip().endswith("Error"), "no traceback last"
 
 
 @pytest.mark.timeout(180)

@@ -118,8 +118,8 @@ def test_grey_networks_on_coloured_shards_and_classes_that_are_not_there_are_ref
     assert "set networks.classes=5" in message
 
 
-def test_a_run_folder_of_other_settings_is_refused_and_left_alone(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_the_folder_of_a_finished_run_is_left_as_it_is_by_every_start_that_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     settings = ["configs/points.yaml", "run.images=512", f"run.dir={run}"]
@@ -132,16 +132,41 @@ def test_a_run_folder_of_other_settings_is_refused_and_left_alone(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file()}
+    told = tmp_path / "told.json"
+    monkeypatch.setenv("DIST_GAN_REFUSED", str(told))
     code, message = start(capsys, *settings, "g_optim.lr=5e-4", "objective.r1_gamma=3")
     assert code == 2
     assert "belongs to a run with other settings" in message
     assert "g_optim.lr: 0.001 -> 0.0005" in message
     assert "objective.r1_gamma: 0.1 -> 3.0" in message
-    after = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
-    changed = {p.name for p in after if before.get(p) != after[p]}
-    assert changed <= {"outcome.json", "run.lock"}, changed
-    assert json.loads((run / "outcome.json").read_text())["code"] == 2
+    for arguments in (
+        [*settings, "--dry-run", "run.x=1"],
+        [*settings, "run.x=1"],
+        ["configs/point.yaml", f"run.dir={run}"],
+    ):
+        assert start(capsys, *arguments)[0] == 2
+        assert json.loads(told.read_text())["code"] == 2
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    code, message = start(capsys, *settings)
+    assert code == 2
+    assert json.loads(told.read_text())["reason"] in message, "a batch script learns it from the file that it has named"
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file()}
+    assert after == before, "a start that is refused touches nothing that is not its own"
+
+
+def test_a_refused_start_writes_into_no_folder_that_was_not_named_or_is_somebody_elses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    for arguments in (
+        ["run.imagez=3"], ["nowhere.yaml"], ["--dry-run", "run.imagez=3", "run.dir=new"], ["run.imagez=3", "run.dir=mine"],
+        ["run.imagez=3", "run.dir=s3://bucket/x"], ["run.imagez=3", "run.dir=[a]"],
+    ):  # fmt: skip
+        assert start(capsys, *arguments)[0] == 2
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["letter.txt", "mine"]
 
 
 def test_a_run_folder_of_a_living_process_is_refused_and_its_outcome_left_to_it(
@@ -201,27 +226,47 @@ def test_a_run_folder_without_write_permission_is_refused(tmp_path: Path) -> Non
     assert "no write permission; choose a folder you may write to" in done.stdout
 
 
-def test_a_full_disk_ends_the_run_with_one_sentence_and_no_checkpoint_that_looks_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [("700k", ["run.images=4k", "checkpoint.every=2k"]), ("300k", ["run.images=2M", "log.every=256"])],
+)
+def test_a_full_disk_ends_the_run_with_one_sentence_an_outcome_and_no_checkpoint_that_looks_whole(
+    tmp_path: Path, size: str, extra: list[str]
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=False, capture_output=True
     ).returncode  # fmt: skip
     if not mounted:
         pytest.skip("a small file system can only be mounted by root")
     try:
         run = small / "run"
         done = subprocess.run(
-            [sys.executable, "train.py", "configs/points.yaml", "run.images=4k", "checkpoint.every=2k", f"run.dir={run}"],
+            [sys.executable, "train.py", "configs/points.yaml", *extra, f"run.dir={run}"],
             cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 3, done.stderr[-2000:] + done.stdout
         assert done.stdout.count("dist_gan:") == 1
         assert "the disk is full; free some space" in done.stdout
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        left = json.loads((run / "outcome.json").read_text())
+        assert (left["outcome"], left["code"], left["attempt"]) == ("failed", 3, 1)
+        assert left["images"] > 0
         assert not list(run.glob("checkpoints/*/COMMIT"))
         assert not list(run.rglob("*.tmp"))
     finally:
         subprocess.run(["umount", str(small)], check=False)
+
+
+def test_a_reader_of_the_log_that_leaves_does_not_end_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = f"{sys.executable} train.py configs/points.yaml run.images=8k log.every=256 run.dir={run} 2>&1 | head -2"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) == 2
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
 
 
 def test_every_checkpoint_damaged_is_an_error_and_not_a_silent_new_start(
@@ -269,12 +314,20 @@ def test_an_image_that_turns_bad_after_packing_ends_the_run_and_names_it(tmp_pat
     assert (done.stdout + done.stderr).count("dist_gan: ") == 1, done.stdout + done.stderr
 
 
-def test_a_wrong_config_under_a_launcher_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "text"), [("run.imagez=3", "unknown key"), ("networks.resolution=64", "set networks.resolution=16")]
+)
+def test_a_wrong_config_and_wrong_data_under_a_launcher_are_told_once_and_last(
+    tmp_path: Path, shards: Path, mistake: str, text: str
+) -> None:
     began = time.monotonic()
-    done = launch(ROOT / "train.py", ["run.imagez=3", f"run.dir={tmp_path / 'run'}"], processes=2)
+    done = launch(ROOT / "train.py", [*recipe(shards), f"run.dir={tmp_path / 'run'}", mistake], processes=3)
+    said = done.stdout + done.stderr
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).count("unknown key") == 1
+    assert said.count(text) == 1, said
+    assert "Traceback" not in said[said.rindex(text) :], said
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["code"] == 2
+    assert "SIGKILL" not in said, "every rank left by itself"
     assert time.monotonic() - began < 60
 
 

@@ -48,7 +48,7 @@ def workers(run: Path) -> list[int]:
     return [pid for pid in pids if b"accelerate" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize(("name", "processes"), [("TERM", 1), ("INT", 1), ("USR1", 1), ("USR2", 2), ("TERM", 2)])
+@pytest.mark.parametrize(("name", "processes"), [("HUP", 1), ("INT", 1), ("USR1", 1), ("USR2", 2), ("TERM", 2)])
 def test_a_run_that_is_asked_to_stop_saves_leaves_with_75_and_goes_on_as_if_nothing_had_been(
     small_shards: Path, tmp_path: Path, name: str, processes: int
 ) -> None:
@@ -94,6 +94,74 @@ def test_a_restarting_launcher_resumes_from_the_last_commit_without_help(small_s
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert [e["attempt"] for e in events(run) if e["event"] in ("start", "resume")] == [1, 2]
     assert_same_state(whole, run)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_end_with_a_launcher_that_is_killed_and_the_same_command_goes_on(
+    small_shards: Path, tmp_path: Path, processes: int
+) -> None:
+    run = tmp_path / "run"
+    launcher = subprocess.Popen(
+        launch_command(TRAIN, small(small_shards, run, "run.images=64M"), processes=processes), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(run.glob("checkpoints/*/COMMIT")):
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(workers(run)) == processes
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 15
+    while workers(run):
+        assert time.monotonic() < deadline, workers(run)
+        time.sleep(0.1)
+    left = outcome(run)
+    assert left["images"] > 0
+    assert Path(left["commit"], "COMMIT").exists()
+    assert left["outcome"] == "preempted" if processes == 1 else "has ended without its ranks" in left["reason"], left
+    last = small(small_shards, run, f"run.images={left['images'] + 320}")
+    assert finish(TRAIN, last, processes=processes).returncode == 0
+    assert [e["event"] for e in events(run) if e["event"] in ("start", "resume", "end")] == ["start", "resume", "end"]
+
+
+def test_an_interrupt_while_a_run_starts_is_one_sentence(tmp_path: Path, small_shards: Path) -> None:
+    for ready in ("nothing", "folder"):
+        run = tmp_path / ready
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *small(small_shards, run)], cwd=ROOT, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        time.sleep(0.5)
+        while ready == "folder" and not (run / "config.yaml").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert "Traceback" not in said
+        assert said.count("dist_gan: ") == 1, said
+        assert "SIGINT" in said
+        if ready == "folder":
+            assert process.returncode == 75
+            assert (outcome(run)["outcome"], outcome(run)["attempt"]) == ("preempted", 1)
+        else:
+            assert process.returncode == 130
+            assert not run.exists()
+
+
+def test_a_crash_says_how_far_it_came_and_what_is_saved(small_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [str(tmp_path / "out"), "fail:100", *small(small_shards, run)]
+    done = finish(INSTRUMENTED, arguments, FAULTY_RANK="0")
+    assert (tmp_path / "out" / "fault-fired").read_text() == "fail"
+    assert done.returncode == 1
+    assert done.stdout.count("dist_gan: LookupError: a stage of its own") == 1
+    left = outcome(run)
+    assert left["outcome"] == "crashed"
+    assert left["images"] >= 640
+    assert left["commit"] in {str(path.parent) for path in run.glob("checkpoints/*/COMMIT")}
 
 
 def test_one_bad_batch_is_skipped_on_all_ranks_and_training_goes_on(small_shards: Path, tmp_path: Path) -> None:

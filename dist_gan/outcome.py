@@ -1,0 +1,130 @@
+"""How an attempt ended, in `outcome.json`: for whoever decides what happens next. It belongs to the attempt that it names."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dist_gan import checkpoint_format, records, storage
+from dist_gan.types import TrainingFailed
+from dist_gan.wording import report
+
+OUTCOME = "outcome.json"
+REFUSED = "DIST_GAN_REFUSED"
+"""Environment variable with the file in which a refused start leaves its outcome, for a batch script to read: it owns no run
+folder to leave it in."""
+_RESERVE = ".reserve"
+_RESERVED_BYTES = 8192
+_LARGEST_BYTES = 2**20
+
+
+def write_outcome(
+    folder: Path,
+    outcome: str,
+    *,
+    code: int,
+    images: int = 0,
+    reason: str = "",
+    attempt: int = 0,
+    commit: str | None = None,
+) -> None:
+    """`outcome.json`: how an attempt ended, for whoever decides what happens next.
+
+    Raises:
+        TrainingFailed: it cannot be written, not even into the room that was reserved for it.
+    """
+    data = _outcome_json(outcome, code=code, images=images, reason=reason, attempt=attempt, commit=commit)
+    try:
+        storage.publish(str(folder / OUTCOME), data)
+    except TrainingFailed:
+        if not (folder / _RESERVE).exists():
+            raise
+        release(folder)
+        storage.publish(str(folder / OUTCOME), data)
+
+
+def reserve(folder: Path) -> None:
+    """Keeps room for an outcome, in case the disk becomes full."""
+    storage.publish(str(folder / _RESERVE), os.urandom(_RESERVED_BYTES))
+
+
+def release(folder: Path) -> None:
+    """Gives that room up."""
+    with suppress(OSError):
+        (folder / _RESERVE).unlink(missing_ok=True)
+
+
+def _outcome_json(
+    outcome: str, *, code: int, images: int = 0, reason: str = "", attempt: int = 0, commit: str | None = None
+) -> bytes:
+    value: dict[str, Any] = {
+        "outcome": outcome,
+        "code": code,
+        "images": images,
+        "commit": commit,
+        "attempt": attempt,
+        "reason": report(reason),
+        "unix_time": round(time.time(), 3),
+    }
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def outcome_of(folder: Path, attempt: int) -> dict[str, Any] | None:
+    """The outcome that an attempt has left; None if it has left none, and whatever other attempts have left."""
+    try:
+        value = json.loads(records.read(str(folder / OUTCOME), limit=_LARGEST_BYTES))
+    except (OSError, ValueError, RecursionError, TrainingFailed):
+        return None
+    return value if isinstance(value, dict) and value.get("attempt") == attempt else None
+
+
+def newest_commit(folder: Path) -> str | None:
+    """URL of the newest checkpoint that is committed and not abandoned, by its name and marks alone."""
+    with suppress(OSError, TrainingFailed):
+        for entry in checkpoint_format.entries(str(folder / "checkpoints")):
+            if entry.is_committed and not entry.is_abandoned:
+                return entry.url
+    return None
+
+
+def images_of(commit: str | None) -> int:
+    """Images at which a checkpoint was taken, by its name."""
+    images = commit.rsplit("-", 1)[-1] if commit else ""
+    return int(images) if images.isdecimal() else 0
+
+
+def refuse(folder: Path | None, *, reason: str) -> None:
+    """Leaves the outcome of a start that was refused before it owned a run folder.
+
+    In the file that the environment variable DIST_GAN_REFUSED names, if it does; and in `outcome.json` of the run folder if
+    no run has ever begun there. A folder in which one has keeps that one's outcome: it is still true of it.
+
+    Args:
+        folder: the run's; None where none was named in words that could be read.
+        reason: what is wrong.
+    """
+    data = _outcome_json("configuration_wrong", code=2, reason=reason)
+    with suppress(OSError, TrainingFailed):  # the reason has been printed; what cannot be written cannot hold it too
+        if told := os.environ.get(REFUSED):
+            storage.publish(told, data)
+    with suppress(OSError, TrainingFailed):
+        if folder is None or not _nobody_has_run_in(folder):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "run.lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _nobody_has_run_in(folder):
+                storage.publish(str(folder / OUTCOME), data)
+
+
+def _nobody_has_run_in(folder: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but what refused starts and a batch script leave."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()}
+    return names <= {OUTCOME, "run.lock", "slurm"} and (OUTCOME not in names or outcome_of(folder, 0) is not None)

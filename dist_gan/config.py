@@ -224,7 +224,7 @@ class DCGANNetworks(Section):
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
     """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
     g_smooth: bool = False
-    """Generator's stride-2 stages start as bilinear enlargements: its first pictures are soft colours, not white noise."""
+    """Generator's enlarging stages start bilinear: its first pictures are soft colours instead of white noise."""
     d_stddev: Annotated[Count, Field(ge=0)] = 0
     """Images of a group whose spread the discriminator sees (minibatch standard deviation); 0 for none."""
 

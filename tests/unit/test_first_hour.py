@@ -14,14 +14,14 @@ import torch
 
 import train
 from benchmarks.first_hour import cut
+from dist_gan import cli
 from dist_gan.config import RunConfig
 from dist_gan.config_reader import load_config
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pack import pack
 from dist_gan.data.pieces import Source
-from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
+from dist_gan.images import write_png
 from dist_gan.models import build_networks
 from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
@@ -36,9 +36,9 @@ UPDATES = 60
 """Without the smooth start D's loss is 0.04 by then, the logits 3.6 apart; with it 0.24 and 1.4."""
 
 
-def arguments_of_the_readme() -> list[str]:
-    """Words after `train.py` in the section's command, as a shell would hand them on."""
-    found = re.search(r"train\.py (configs/(?:[^\n\\]|\\\n)*)\n", SECTION)
+def words_of_the_readme(program: str) -> list[str]:
+    """Words after `program` in the first of the section's commands, as a shell would hand them on."""
+    found = re.search(rf"{re.escape(program)} ((?:[^\n\\#]|\\\n)*)", SECTION)
     assert found is not None
     return found[1].replace("\\\n", " ").split()
 
@@ -83,17 +83,24 @@ def roughness(pictures: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos") / "shards"
-    pack(ArraySource(soft_pictures(128, resolution=64)), str(folder), workers=1)
-    return folder
+    """The folder that the README's first command leaves beside its photographs."""
+    place = tmp_path_factory.mktemp("user")
+    (place / "photos").mkdir()
+    for index, picture in enumerate(soft_pictures(128, resolution=64)):
+        write_png(str(place / "photos" / f"{index:03d}.png"), picture)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert cli.main(["pack", *words_of_the_readme("dist-gan pack"), "--workers", "1"]) == 0
+    return place / "shards"
 
 
 def test_the_readmes_command_names_a_recipe_and_dry_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path, *overrides = words_of_the_readme("train.py")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.chdir(ROOT)
-    assert train.main(["--dry-run", *arguments_of_the_readme()]) == 0
+    monkeypatch.chdir(shards.parent)
+    assert train.main(["--dry-run", str(ROOT / path), *overrides]) == 0
     shown = capsys.readouterr().out
     assert "url: shards" in shown
     assert "resolution: 64" in shown
@@ -116,7 +123,7 @@ def test_a_recipe_for_photographs_starts_with_soft_pictures(side: int) -> None:
 def test_the_readmes_recipe_starts_a_game_that_neither_player_has_won_and_without_its_start_it_is_lost(
     shards: Path,
 ) -> None:
-    path, *overrides = arguments_of_the_readme()
+    path, *overrides = words_of_the_readme("train.py")
     overrides = [f"data.url={shards}" if o.startswith("data.url") else o for o in overrides]
     lost = {}
     for smooth in (True, False):

@@ -162,6 +162,8 @@ class DCGANNetworks(Section):
     """Normalisation in the discriminator: of activations, or of weights; gradient penalties are not defined for `batch`."""
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
     """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
+    g_smooth: bool = False
+    """Generator's enlarging stages start bilinear: its first pictures are soft colours instead of white noise."""
     d_stddev: Annotated[Count, Field(ge=0, le=2**20)] = 0
     """Images of a group whose spread the discriminator sees (minibatch standard deviation); 0 for none."""
 

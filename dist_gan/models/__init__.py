@@ -32,6 +32,7 @@ def build_generator(section: AnyNetworks) -> nn.Module:
                 width=section.g_width,
                 norm=section.g_norm,
                 mapping=section.g_mapping,
+                smooth=section.g_smooth,
             )
         case MLPNetworks():
             return mlp.Generator(

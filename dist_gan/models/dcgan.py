@@ -7,7 +7,9 @@ He-normal instead (He et al. 2015), since nothing rescales the activations; with
 and every weight is divided by its largest singular value (Miyato et al. 2018).
 
 Two additions from StyleGAN are options: dense layers before the first stage (Karras et al. 2019, section 2), and the
-minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3).
+minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3). A third, `smooth`, is a start of
+the generator: its first pictures are soft fields of colour instead of white noise. Photographs of 64 pixels or more are
+smooth, so a discriminator tells white noise from them by one filter, within a few updates, and then has won.
 """
 
 from __future__ import annotations
@@ -55,6 +57,21 @@ def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: flo
     nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (1.0 + slope**2) / fan_in))
 
 
+def _smooth(network: nn.Module) -> None:
+    """Starts each stride-2 stage as a bilinear enlargement by two, its channels mixed at random.
+
+    A kernel of 4x4 is the outer product of [1, 3, 3, 1] / 4 with itself: the weights by which stride 2 interpolates
+    (the filter of Karras et al. 2020, StyleGAN2, section 4.1), times N(0, gain^2 / channels) for each pair of channels.
+    """
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    for module in network.modules():
+        if isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2):
+            pairs = torch.randn(module.in_channels, module.out_channels, 1, 1)
+            gain = math.sqrt(2.0 / (1.0 + 0.2**2) / module.in_channels)
+            with torch.no_grad():
+                module.weight.copy_(gain * pairs * torch.outer(taps, taps))
+
+
 class MinibatchStdDev(nn.Module):
     """Joins the spread within groups of images to their features, as one more channel: BCHW -> B(C+1)HW.
 
@@ -99,6 +116,7 @@ class Generator(nn.Module):
         width: int = 64,
         norm: Norm = "batch",
         mapping: int = 0,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
@@ -123,6 +141,8 @@ class Generator(nn.Module):
         self.stages = nn.Sequential(*stages)
         _initialise(self.stages, norm=norm, slope=0.2)
         _initialise(self.mapping, norm="none", slope=0.2)  # no norm follows a dense layer
+        if smooth:
+            _smooth(self.stages)
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.stages(self.mapping(self.label(latents_BZ, labels_B))[:, :, None, None])

@@ -337,6 +337,25 @@ def test_he_weights_have_the_spread_of_their_fan_in() -> None:
         assert float(weight.std()) == pytest.approx(gain / math.sqrt(fan), rel=0.04)
 
 
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_smooth_stages_start_as_bilinear_enlargements_mixed_at_random(norm: str) -> None:
+    section = DCGANNetworks(resolution=64, g_width=32, d_width=8, g_norm=norm, g_smooth=True)  # type: ignore[arg-type]
+    G = build_networks(section, seed=2).generator
+    stages = [m for m in G.modules() if isinstance(m, nn.ConvTranspose2d) and m.stride == (2, 2)]
+    assert [m.in_channels for m in stages] == [256, 128, 64, 32]
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    bilinear = nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    inside = (..., slice(1, -1), slice(1, -1))  # at the border one pads zeros, the other the edge
+    for stage in stages:
+        kernels = stage.weight.detach()
+        strengths = kernels[0].sum(dim=(1, 2)) / 4  # four of the sixteen taps meet at each pixel
+        made = nn.functional.conv_transpose2d(x, kernels[:1], stride=2, padding=1)
+        assert torch.allclose(made[inside], (strengths[:, None, None] * bilinear)[inside], atol=1e-6)
+        if stage is not stages[-1]:
+            spread = float((kernels.sum(dim=(2, 3)) / 4).std())
+            assert spread == pytest.approx(math.sqrt(2 / 1.04 / stage.in_channels), rel=0.04)
+
+
 @pytest.mark.parametrize("mapping", [2, 8])
 def test_with_batch_norm_the_picture_depends_on_the_latent_whatever_the_depth_of_the_mapping(mapping: int) -> None:
     section = DCGANNetworks(g_width=16, d_width=8, g_norm="batch", g_mapping=mapping)
@@ -391,6 +410,7 @@ def test_the_perceptrons_have_the_numbers_of_their_layers(depth: int, width: int
 FAMILIES = {
     "article": ArticleNetworks(classes=5, dropout=0),
     "dcgan": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_mapping=1, d_stddev=2),
+    "dcgan smooth": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_smooth=True),
     "mlp": MLPNetworks(classes=5),
 }
 

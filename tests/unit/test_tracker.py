@@ -103,7 +103,8 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds_left", "left"), [(0, "0m00s"), (72, "1m12s"), (3_599, "59m59s"), (2 * 3600 + 5 * 60 + 59, "2h05m")]
+    ("seconds_left", "left"),
+    [(-30, "0m00s"), (0, "0m00s"), (72, "1m12s"), (3_599, "59m59s"), (2 * 3600 + 5 * 60 + 59, "2h05m")],
 )
 def test_the_line_of_progress_says_what_is_left_at_this_speed(
     seconds_left: int, left: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

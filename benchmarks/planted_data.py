@@ -1323,10 +1323,7 @@ FAULTS = [
         "dist_gan/data/fetching.py",
         "num_bytes + size(item) > AHEAD_BYTES",
         "num_bytes > AHEAD_BYTES",
-        (
-            f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",
-            f"{FETCHING}::test_whatever_the_sizes_the_order_stays_and_no_more_than_the_bound_is_asked_for",
-        ),
+        (f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",),
     ),
     (
         "results come in another order than the items",

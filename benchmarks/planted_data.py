@@ -413,8 +413,8 @@ FAULTS = [
     (
         "labels of a foreign tar are in the order of its keys",
         "dist_gan/data/indexing.py",
-        "for key, sample in found.samples.items():\n        label, mistake",
-        "for key, sample in sorted(found.samples.items()):\n        label, mistake",
+        "for key, sample in found.samples.items():\n        if isinstance(sample.label",
+        "for key, sample in sorted(found.samples.items()):\n        if isinstance(sample.label",
         (f"{STREAM}::test_a_label_goes_with_its_key_whatever_the_order_of_a_tars_members",),
     ),
     (
@@ -453,11 +453,11 @@ FAULTS = [
         (f"{STREAM}::test_packing_keeps_label_and_picture_with_their_key",),
     ),
     (
-        "labels of a foreign tar's json are those of its cls",
-        "dist_gan/data/indexing.py",
-        "value = content.get(label_key) if",
-        "value = content.get('class', 0) if",
-        (f"{INDEX}::test_labels_come_from_a_key_of_the_json_when_told",),
+        "labels of a foreign tar's json come from another key",
+        "dist_gan/data/labels.py",
+        "value = content.get(key)",
+        'value = content.get("id", 0)',
+        (f"{STREAM}::test_a_label_goes_with_its_key_whatever_the_order_of_a_tars_members",),
     ),
     # -- pieces and the disk cache
     (
@@ -540,7 +540,7 @@ FAULTS = [
     (
         "reading from the disk cache is no use of it",
         "dist_gan/data/disk_cache.py",
-        "os.utime(path)",
+        "os.utime(handle)",
         "pass",
         (f"{PIECES}::test_a_clearing_frees_a_tenth_and_takes_what_was_used_longest_ago",),
     ),
@@ -554,9 +554,9 @@ FAULTS = [
     (
         "a file of another size is read from the disk cache",
         "dist_gan/data/disk_cache.py",
-        "return data if len(data) == size else None",
-        "return data",
-        (f"{CACHE}::test_what_was_put_is_got_and_nothing_else",),
+        "if os.fstat(handle).st_size != size:",
+        "if False:",
+        (f"{PIECES}::test_what_is_replaced_or_dropped_is_counted_once",),
     ),
     (
         "a file of the disk cache that is replaced is counted twice",
@@ -745,15 +745,15 @@ FAULTS = [
     (
         "progress does not renew patience",
         "dist_gan/storage.py",
-        "at += len(part)\n                began, number = time.monotonic(), 0",
-        "at += len(part)\n                number = 0",
+        "failed_at = failed_at if number else time.monotonic()\n            patience",
+        "failed_at = failed_at or time.monotonic()\n            patience",
         (f"{PUBLISH}::test_a_store_that_answers_a_little_now_and_then_is_asked_for_as_long_as_it_takes",),
     ),
     (
         "progress does not begin the waits anew",
         "dist_gan/storage.py",
-        "at += len(part)\n                began, number = time.monotonic(), 0",
-        "at += len(part)\n                began = time.monotonic()",
+        "at += len(part)\n                number = 0",
+        "at += len(part)\n                number = max(0, number - 1)",
         (f"{PUBLISH}::test_a_store_that_answers_a_little_now_and_then_is_asked_for_as_long_as_it_takes",),
     ),
     (
@@ -815,8 +815,8 @@ FAULTS = [
     (
         "a rename may be lost in a power cut",
         "dist_gan/storage.py",
-        "        os.fsync(handle)\n",
-        "        pass\n",
+        "handle = os.open(folder, os.O_RDONLY)\n    try:\n        os.fsync(handle)",
+        "handle = os.open(folder, os.O_RDONLY)\n    try:\n        pass",
         (f"{PUBLISH}::test_a_file_on_a_disk_is_safe_before_it_has_its_name_and_its_name_is_safe_at_the_end",),
     ),
     (
@@ -849,21 +849,21 @@ FAULTS = [
     ),
     (
         "pipes are on the list of schemes",
-        "dist_gan/storage.py",
+        "dist_gan/urls.py",
         'ALLOWED_SCHEMES = ("file",',
         'ALLOWED_SCHEMES = ("pipe", "file",',
         (f"{STORAGE}::test_a_scheme_that_is_not_on_the_list_is_refused_before_any_file_system_is_made",),
     ),
     (
         "a URL with a secret in it is taken",
-        "dist_gan/storage.py",
-        "if redact(url) != url:",
-        "if False:",
+        "dist_gan/urls.py",
+        'if redact(url) != url:\n        raise UserError(f"{place}: {redact(url)!r} {HAS_SECRET}")\n    return url',
+        'if False:\n        raise UserError(f"{place}: {redact(url)!r} {HAS_SECRET}")\n    return url',
         (f"{STORAGE}::test_a_url_that_carries_a_secret_is_refused_by_every_call_and_not_shown",),
     ),
     (
         "chained file systems are taken",
-        "dist_gan/storage.py",
+        "dist_gan/urls.py",
         'if "::" in url:\n        raise',
         "if False:\n        raise",
         (f"{STORAGE}::test_chains_of_file_systems_are_refused",),
@@ -935,8 +935,8 @@ FAULTS = [
     (
         "whatever is not known is asked again",
         "dist_gan/store_errors.py",
-        "return cause is not None and cause is not error and is_transient(cause)",
-        "return cause is None or cause is error or is_transient(cause)",
+        "return cause is not None and is_transient(cause, depth=depth - 1)",
+        "return cause is None or is_transient(cause, depth=depth - 1)",
         (f"{PUBLISH}::test_what_stays_wrong_is_not_asked_again",),
     ),
     (
@@ -949,42 +949,42 @@ FAULTS = [
     # -- checkpoints
     (
         "the best checkpoint is the worst",
-        "dist_gan/checkpoint.py",
-        "found.add(min(values, key=lambda u: values[u]))",
-        "found.add(max(values, key=lambda u: values[u]))",
+        "dist_gan/retention.py",
+        "{min(values, key=lambda",
+        "{max(values, key=lambda",
         (f"{RETENTION}::test_what_stays_is_the_newest_the_milestones_and_the_best",),
     ),
     (
         "the highest is kept as the lowest is",
-        "dist_gan/checkpoint.py",
-        "values[url] = sign * scalars[name]",
-        "values[url] = scalars[name]",
+        "dist_gan/retention.py",
+        "= sign * value",
+        "= value",
         (f"{RETENTION}::test_what_stays_is_the_newest_the_milestones_and_the_best",),
     ),
     (
         "abandoned checkpoints count among the newest",
-        "dist_gan/checkpoint.py",
-        "kept = set(alive[-self._section.keep :])",
-        "kept = set(committed[-self._section.keep :])",
+        "dist_gan/retention.py",
+        "for entry in alive[-section.keep :]}",
+        "for entry in [e for e in found if e.is_committed][-section.keep :]}",
         (f"{RETENTION}::test_abandoned_ones_take_nobodys_place",),
     ),
     (
         "an abandoned checkpoint may be a milestone or the best",
-        "dist_gan/checkpoint.py",
-        "kept |= self._kept_for_good(alive)",
-        "kept |= self._kept_for_good(committed)",
+        "dist_gan/retention.py",
+        "_best(alive, section.keep_best)",
+        "_best(found, section.keep_best)",
         (f"{RETENTION}::test_abandoned_ones_take_nobodys_place",),
     ),
     (
         "the oldest healthy checkpoint is kept",
-        "dist_gan/checkpoint.py",
-        "in marks[u]][-1:])",
-        "in marks[u]][:1])",
+        "dist_gan/retention.py",
+        "if entry.is_healthy][-1:]",
+        "if entry.is_healthy][:1]",
         (f"{RETENTION}::test_the_newest_healthy_one_stays_and_no_older_one",),
     ),
     (
         "old checkpoints go before the new one was read back",
-        "dist_gan/checkpoint.py",
+        "dist_gan/retention.py",
         "if form.verify(newest):",
         "if False:",
         (f"{RETENTION}::test_what_a_store_gave_back_changed_is_damage_and_nothing_is_deleted_for_it",),
@@ -1036,8 +1036,8 @@ FAULTS = [
     (
         "a file may be longer than its header says",
         "dist_gan/tensorfile.py",
-        "max(ends, default=0) != size",
-        "max(ends, default=0) > size",
+        "if [*(start for start, _ in places), size] != [length, *(end for _, end in places)]:",
+        "if [start for start, _ in places] != [length, *(end for _, end in places)][:-1]:",
         (f"{FORMS}::test_a_file_whose_header_does_not_fit_its_size_is_none",),
     ),
     (
@@ -1180,14 +1180,14 @@ FAULTS = [
     # -- manifests, tars, surveys, fetching
     (
         "labels are no part of a manifest's fingerprint",
-        "dist_gan/data/manifest.py",
+        "dist_gan/data/shards.py",
         'if key not in ("origin", "class_counts")}',
         'if key not in ("origin", "class_counts", "classes")}',
         (f"{SHARDS}::test_everything_about_the_samples_is_part_of_a_manifests_fingerprint",),
     ),
     (
         "extensions that differ are written as the first one",
-        "dist_gan/data/manifest.py",
+        "dist_gan/data/shards.py",
         "same = len(set(shard.extensions)) == 1",
         "same = True",
         (f"{SHARDS}::test_everything_about_the_samples_is_part_of_a_manifests_fingerprint",),
@@ -1214,10 +1214,10 @@ FAULTS = [
         (f"{SHARDS}::test_a_shard_has_lost_the_images_that_do_not_end_inside_of_it",),
     ),
     (
-        "a packed shard's checksums are of its labels",
+        "a packed shard's checksums leave out the last byte",
         "dist_gan/data/shard_writer.py",
-        "sums.append(zlib.crc32(member.data))",
-        "sums.append(zlib.crc32(member.data[:-1]))",
+        'zlib.crc32(member.data or b"")',
+        'zlib.crc32((member.data or b"")[:-1])',
         (f"{SHARDS}::test_every_column_of_a_manifest_is_what_others_find_in_the_tar",),
     ),
     (
@@ -1293,8 +1293,8 @@ FAULTS = [
     (
         "all of a large picture is fetched for its header",
         "dist_gan/data/survey.py",
-        "and entry.size > HEAD_BYTES:",
-        "and entry.size < HEAD_BYTES:",
+        "HEAD_BYTES < entry.size <= MAX_FILE_BYTES",
+        "entry.size <= min(HEAD_BYTES, MAX_FILE_BYTES)",
         (f"{SHARDS}::test_sizes_and_channels_are_counted_from_the_headers",),
     ),
     (
@@ -1323,10 +1323,7 @@ FAULTS = [
         "dist_gan/data/fetching.py",
         "num_bytes + size(item) > AHEAD_BYTES",
         "num_bytes > AHEAD_BYTES",
-        (
-            f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",
-            f"{FETCHING}::test_whatever_the_sizes_the_order_stays_and_no_more_than_the_bound_is_asked_for",
-        ),
+        (f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",),
     ),
     (
         "results come in another order than the items",

@@ -236,6 +236,7 @@ def test_what_is_replaced_or_dropped_is_counted_once(tmp_path: Path) -> None:
         cache.drop("b")
     assert (tmp_path / ".bytes").read_bytes() == b"100"
     assert cache.get("a", size=100) == bytes(100)
+    assert cache.get("a", size=99) is None, "another size is another thing"
     for number in range(9):
         cache.put(f"n{number}", bytes(100))
     assert len(kept(tmp_path)) == 10
@@ -263,8 +264,9 @@ def test_a_file_appears_whole_under_its_name(tmp_path: Path, monkeypatch: pytest
 def test_a_temporary_file_is_left_alone_while_it_may_have_a_writer(tmp_path: Path) -> None:
     DiskCache(str(tmp_path), limit=1000).put("a", bytes(10))
     folder = kept(tmp_path)[0].parent
-    for name, age in (("new.tmp", 60), ("old.tmp", 700)):
-        (folder / name).write_bytes(b"x")
-        os.utime(folder / name, (time.time() - age,) * 2)
+    young, old = (folder / f"{digit * 32}.tmp" for digit in "0a")
+    for path, age in ((young, 60), (old, 700)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
     DiskCache(str(tmp_path), limit=1000)
-    assert sorted(path.name for path in kept(tmp_path) if path.suffix == ".tmp") == ["new.tmp"]
+    assert [path for path in kept(tmp_path) if path.suffix == ".tmp"] == [young]

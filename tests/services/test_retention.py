@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from dist_gan import checkpoint_format as form
 from dist_gan import storage
@@ -161,27 +163,39 @@ def test_what_a_store_gave_back_changed_is_damage_and_nothing_is_deleted_for_it(
 
 
 def test_every_file_of_a_checkpoint_is_verified_and_not_only_the_first(tmp_path: Path, runtime: Runtime) -> None:
-    """A second file is put beside the first, as another rank would have written it, and then damaged."""
+    """Its tensors are dealt to three files, as three ranks would have written them, of which one at a time is damaged."""
     found = checkpointer(tmp_path, runtime)
     url = found.save(10, {"part": Part(10)})
     found.drain()
     folder = Path(url)
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    (first,) = manifest["files"]
-    data = (folder / first).read_bytes()
-    for name in (
-        "data-00000-of-00003.safetensors",
-        "data-00001-of-00003.safetensors",
-        "data-00002-of-00003.safetensors",
-    ):
+    tensors = safetensors.torch.load((folder / "data-00000-of-00001.safetensors").read_bytes())
+    manifest["files"], manifest["world_size"] = {}, 3
+    whole = {}
+    for rank in range(3):
+        name = f"data-{rank:05d}-of-00003.safetensors"
+        mine = {key: tensors[key] for key in sorted(tensors)[rank::3]}
+        whole[name] = data = safetensors.torch.save(mine)
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        begin = 8 + int.from_bytes(data[:8], "little")
+        for key, entry in json.loads(data[8:begin]).items():
+            offsets = [begin + offset for offset in entry["data_offsets"]]
+            manifest["tensors"][key] = {
+                "file": name,
+                "shape": entry["shape"],
+                "dtype": entry["dtype"],
+                "offsets": offsets,
+            }
         (folder / name).write_bytes(data)
-        manifest["files"][name] = manifest["files"][first]
     text = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(text)
     (folder / form.COMMIT).write_text(hashlib.sha256(text).hexdigest())
     assert form.verify(url) == []
     assert found.newest().url == url
-    for name in manifest["files"]:
+    other = Part()
+    found.load(url, {"part": other})
+    assert all(torch.equal(tensor, Part(10).held[key]) for key, tensor in other.held.items())
+    for name, data in whole.items():
         for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), data + b"\0"):
             (folder / name).write_bytes(damaged)
             (problem,) = form.verify(url)

@@ -6,9 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
-import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,16 +265,21 @@ def test_the_same_pictures_give_the_same_bytes_whatever_the_order_they_are_given
 
 
 def test_no_more_results_and_bytes_wait_than_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked for while one is in the caller's hands, with limits small enough to count on fingers."""
+    """What was asked for while one is in the caller's hands, with limits small enough to count on fingers."""
     monkeypatch.setattr(fetching, "AHEAD", 4)
     monkeypatch.setattr(fetching, "AHEAD_BYTES", 10)
-    for sizes, most in (([1] * 12, 4), ([3] * 12, 3), ([10] * 6, 1), ([11, 11, 1, 1, 1, 1, 1], 4), ([9, 2, 9, 2], 1)):
-        asked: list[int] = []
-        waiting = []
-        for taken, (item, get) in enumerate(ahead(asked.append, range(len(sizes)), size=sizes.__getitem__, at_once=2)):
-            assert item == taken
-            get()
-            time.sleep(0.003)
-            waiting.append(len(asked) - taken - 1)
-        assert sorted(asked) == list(range(len(sizes)))
-        assert max(waiting) <= most
+    for sizes in ([1] * 12, [3] * 12, [10] * 6, [11, 11, 1, 1, 1, 1, 1], [1, 1, 20], [2, 2, 20, 9, 1, 9, 2]):
+        pulled: list[int] = []
+
+        def items(count: int = len(sizes), pulled: list[int] = pulled) -> Iterator[int]:
+            for number in range(count + 1):
+                pulled.append(number)
+                if number < count:
+                    yield number
+
+        for taken, (item, get) in enumerate(ahead(lambda n: n, items(), size=sizes.__getitem__, at_once=2)):
+            assert item == taken == get()
+            held = sizes[taken + 1 : pulled[-1]]  # the last one that was pulled is not asked for before there is room
+            assert len(held) <= 4
+            assert sum(held) <= 10 or len(held) == 1, "a larger one alone"
+        assert taken == len(sizes) - 1

@@ -18,7 +18,7 @@ from dist_gan.draws import Draws
 from dist_gan.metrics.modes import fit_drawing, judge, mode_report
 from dist_gan.models.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear, begin_spectral
 from dist_gan.runtime.fingerprint import fingerprint
-from dist_gan.tensorfile import FileBuffer, check_head, from_bytes, to_bytes
+from dist_gan.tensorfile import FileBuffer, from_bytes, read_header, to_bytes
 from dist_gan.types import UserError, facts_of
 
 # -- spectral normalisation ----------------------------------------------------------------------------------------------
@@ -151,16 +151,20 @@ def test_a_file_buffer_is_a_safetensors_file_with_every_number_at_the_place_it_t
 
 
 def test_a_file_whose_header_does_not_fit_its_size_is_none() -> None:
-    data = to_bytes({"a": torch.arange(5.0), "b": torch.arange(3)})
-    check_head(data, size=len(data), name="x")
-    check_head(data[:300], size=len(data), name="x")
-    check_head(to_bytes({}), size=len(to_bytes({})), name="empty")
+    tensors = {"a": torch.arange(5.0), "b": torch.arange(3)}
+    data = to_bytes(tensors)
+    for head in (data, data[:300]):
+        places = read_header(head, size=len(data), name="x")
+        assert {name: place.facts for name, place in places.items()} == {n: facts_of(t) for n, t in tensors.items()}
+        for name, tensor in tensors.items():
+            assert data[places[name].start : places[name].end] == tensor.numpy().tobytes()
+    assert read_header(to_bytes({}), size=len(to_bytes({})), name="empty") == {}
     for head, size in (
         (data, len(data) - 1), (data, len(data) + 1), (data[:20], len(data)), (b"", 0), (data[:4], 4),
         (b"\xff" * 40, 40), (b"\x05" + bytes(7) + b"[1,2]" + bytes(9), 22),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="^x is no safetensors file"):
-            check_head(head, size=size, name="x")
+            read_header(head, size=size, name="x")
 
 
 # -- points on a ring ----------------------------------------------------------------------------------------------------

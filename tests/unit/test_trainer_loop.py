@@ -305,6 +305,7 @@ def stopped_at(run: Run, step: int) -> Run:
 
 def test_a_request_to_stop_is_seen_at_its_interval_and_saved_before_the_run_leaves(tmp_path: Path) -> None:
     stop = StopRequest(names=("USR1",))
+    stop.training_begins()
     try:
         with started(tmp_path, *EVERY_TEN_STEPS, "runtime.stop_every=56") as run:
             end = fit(stopped_at(run._replace(stop=stop), 9))
@@ -326,6 +327,7 @@ def test_a_request_to_stop_is_seen_at_its_interval_and_saved_before_the_run_leav
 
 def test_a_request_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
     stop = StopRequest(names=("USR1",))
+    stop.training_begins()
     try:
         with started(tmp_path, *EVERY_TEN_STEPS) as run:
             end = fit(stopped_at(run._replace(stop=stop), 60))

@@ -976,7 +976,7 @@ FAULTS = [
         (f"{RETENTION}::test_abandoned_ones_take_nobodys_place",),
     ),
     (
-        "the oldest healthy checkpoint is kept",
+        "the oldest healthy checkpoint is the one that is kept",
         "dist_gan/retention.py",
         "if entry.is_healthy][-1:]",
         "if entry.is_healthy][:1]",

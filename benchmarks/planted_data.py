@@ -976,6 +976,13 @@ FAULTS = [
         (f"{RETENTION}::test_abandoned_ones_take_nobodys_place",),
     ),
     (
+        "the oldest healthy checkpoint is the one that is kept",
+        "dist_gan/retention.py",
+        "if entry.is_healthy][-1:]",
+        "if entry.is_healthy][:1]",
+        (f"{RETENTION}::test_the_newest_healthy_one_stays_and_no_older_one",),
+    ),
+    (
         "old checkpoints go before the new one was read back",
         "dist_gan/retention.py",
         "if form.verify(newest):",

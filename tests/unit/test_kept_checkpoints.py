@@ -179,17 +179,17 @@ def test_a_rollback_marks_what_is_newer_by_its_number(target: int, tmp_path: Pat
 def test_what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_under_way(
     tmp_path: Path, played: Game
 ) -> None:
-    for serial in (9_997, 9_998, 10_005):
+    for serial in (9_997, 9_999, 10_005):
         by_hand(tmp_path / f"checkpoint-{serial:04d}-000000001234")
-        if serial != 9_998:
+        if serial != 9_999:
             (place(tmp_path, serial) / "COMMIT").unlink()
     found = saved(tmp_path, played, {}, keep=2)
     (tmp_path / "away").mkdir()
     place(tmp_path, 10_005).rename(tmp_path / "away" / "later")
-    save(found, played, 10)  # takes the number 9999
+    save(found, played, 10)  # takes the number 10000
     (tmp_path / "away" / "later").rename(tmp_path / "checkpoint-10005-000000001234")
     save(found, played, 20)
-    assert [serial for serial, _ in form.listed(str(tmp_path))] == [9_999, 10_000, 10_005]
+    assert [serial for serial, _ in form.listed(str(tmp_path))] == [10_000, 10_001, 10_005]
 
 
 def test_marks_decide_which_one_is_the_newest(tmp_path: Path) -> None:

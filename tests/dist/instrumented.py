@@ -53,7 +53,7 @@ def instrument() -> None:
         with open(OUT / f"rank-{RANK}.jsonl", "a") as file:
             line = {"draw": batch.draw, "slots": batch.slots.tolist(), "keys": batch.keys, "latents": rows}
             line["labels"] = None if batch.labels is None else batch.labels.tolist()
-            line["images"] = [hashlib.sha256(byte_range(image).numpy().tobytes()).hexdigest() for image in batch.images]
+            line["images"] = [hashlib.sha256(byte_range(image).cpu().numpy().tobytes()).hexdigest() for image in batch.images]
             file.write(json.dumps(line) + "\n")
         if RANK == WORLD_SIZE - 1 and FAULT == "nan" and batch.draw >= int(DRAW):
             (OUT / "fault-fired").write_text(FAULT)

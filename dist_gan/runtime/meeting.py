@@ -66,16 +66,15 @@ class Meeting:
         store: connection to it; the process groups take it over once training begins.
         rank: of this process.
         world_size: of the launch.
-        is_host: whether the store ends with this process.
     """
 
-    def __init__(self, store: Store, *, rank: int, world_size: int, is_host: bool) -> None:
-        self.store, self.rank, self.world_size, self.is_host = store, rank, world_size, is_host
+    def __init__(self, store: Store, *, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
 
     def private(self) -> Meeting:
         """The same over a connection that nobody else waits on."""
         store: Any = self.store  # its stubs lack clone
-        return Meeting(store.clone(), rank=self.rank, world_size=self.world_size, is_host=self.is_host)
+        return Meeting(store.clone(), rank=self.rank, world_size=self.world_size)
 
     # -- before the first step ------------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ def open_meeting(environment: Mapping[str, str], *, patience_s: float) -> Meetin
         raise NotMet(f"{_name()} cannot meet the other ranks at {address}:{port} ({_line(error)})") from error
     # Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
     apart = f"dist_gan/attempt-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return Meeting(PrefixStore(apart, store), rank=rank, world_size=world_size, is_host=is_host)
+    return Meeting(PrefixStore(apart, store), rank=rank, world_size=world_size)
 
 
 def _wait_for_port(address: str, port: int, patience_s: float) -> None:

@@ -24,7 +24,7 @@ def ranks() -> list[Meeting]:
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stores = [TCPStore("127.0.0.1", host.port, timeout=timedelta(seconds=20)) for _ in range(3)]
     return [
-        Meeting(PrefixStore("a start", store), rank=rank, world_size=3, is_host=False)
+        Meeting(PrefixStore("a start", store), rank=rank, world_size=3)
         for rank, store in enumerate([host, *stores[1:]])
     ]
 

@@ -111,6 +111,8 @@ def cases(shards: str, *, world_size: int, strategy: str) -> dict[str, Case]:
         "dropout": Case(_article(case(loss="nonsaturating", shared_batch=True)), stops=(1,), further=1),
     }
     if strategy not in ("single", "ddp"):
+        if world_size == 1:  # there is nothing to sum: that everything comes back is what is left to show
+            found = {name: found[name] for name in ("penalties", "lazy penalties, accumulation", "dropout")}
         return {name: entry._replace(stops=entry.stops[:1]) for name, entry in found.items()}
     return found | {
         "lazy penalties": Case(lazy),

@@ -1060,7 +1060,7 @@ FAULTS = [
         (BEST,),
     ),
     (
-        "the oldest healthy checkpoint is kept",
+        "of the healthy checkpoints the oldest is kept",
         "dist_gan/retention.py",
         "if entry.is_healthy][-1:]",
         "if entry.is_healthy][:1]",

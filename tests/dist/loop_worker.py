@@ -33,6 +33,7 @@ def main(folder: Path, overrides: list[str]) -> None:
 
     PointStream.next = asking  # type: ignore[method-assign]
     run = build(config, runtime, stop, attempt=1)
+    stop.training_begins()
     end = fit(run)
     run.tracker.close()
     asked = stop.signal

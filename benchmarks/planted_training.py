@@ -1074,7 +1074,7 @@ FAULTS = [
         (KEPT + "one_stays_for_each_interval_the_first_at_or_after_its_beginning",),
     ),
     (
-        "a checkpoint is of its parts as they are when it is written",
+        "a checkpoint forgets what the log last showed",
         "dist_gan/checkpoint.py",
         "scalars=dict(scalars or {}),",
         "scalars={},",

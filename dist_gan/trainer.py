@@ -102,9 +102,8 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     )
     for text in resumed.notes:
         tracker.say(text)
-    tracker.say(
-        f"attempt {attempt}: " + (f"resumed from {resumed.url} at {images:,} images" if resumed.url else "from scratch")
-    )
+    start = f"resumed from {resumed.url} at {images:,} images" if resumed.url else "from scratch"
+    tracker.say(f"attempt {attempt}: {start}; {runtime.in_words}")
     tracker.event(
         "resume" if resumed.url else "start",
         images=images,

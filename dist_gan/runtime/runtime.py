@@ -129,6 +129,13 @@ class Runtime:
             "strategy": self.launch.strategy + ("+offload" if self.launch.offload else ""),
         }
 
+    @property
+    def in_words(self) -> str:
+        """Number of processes, device, strategy and precision, for the line that a start begins with."""
+        facts = self.describe()
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        return f"{processes} on {facts['device']}, {facts['strategy']}, {facts['precision']}"
+
     @staticmethod
     def packages() -> dict[str, str]:
         """Versions of what wraps the players."""

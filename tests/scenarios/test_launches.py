@@ -57,9 +57,15 @@ def test_a_launch_file_for_zero_trains_on_the_cpu_as_it_is(name: str, small_shar
     assert json.loads((run / "outcome.json").read_text())["images"] == 320
 
 
-def test_gpus_that_are_not_there_are_missed_at_once(small_shards: Path, tmp_path: Path) -> None:
-    file = yaml.safe_load((ROOT / "launch" / "one-node.yaml").read_text())
-    assert "and torch finds none here; take launch/cpu.yaml" in refused(small_shards, tmp_path, file)
+def test_a_launch_file_for_gpus_says_that_there_are_none_or_refuses_where_they_are_asked_for(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    file = ROOT / "launch" / "one-node.yaml"
+    done = launch(TRAIN, small(small_shards, tmp_path / "cpu"), processes=2, config_file=file)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "attempt 1: from scratch; 2 processes on cpu, ddp, bf16" in done.stderr
+    asked = refused(small_shards, tmp_path, yaml.safe_load(file.read_text()), "runtime.device=cuda")
+    assert "runtime.device: 'cuda', and torch finds no GPU here" in asked
 
 
 def test_clipping_in_the_launch_file_is_sent_to_the_recipe(small_shards: Path, tmp_path: Path) -> None:

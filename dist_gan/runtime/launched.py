@@ -104,7 +104,7 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
         launch = Launch("ddp" if world_size > 1 else "single", precision)
     else:
         if gpus == 0 or config.runtime.device == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which happens next
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, in the next statement
         launch, problems = _deepspeed(config, environment, precision)
         mistakes += problems
     if config.runtime.compress != "none" and launch.strategy not in ("ddp", "single"):

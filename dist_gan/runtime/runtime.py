@@ -41,11 +41,11 @@ class Runtime:
     gathers, never in the way of a kernel), writer (gloo: for the checkpoint alone).
 
     Args:
-        section: how the machine is used.
-        launch: what the launcher asked for.
-        meeting: of the launch's ranks, once all are there; without it they meet here.
-        on_lost: is told which rank is missing before this process ends for it.
-        on_over: is told why the launch is over, if another rank has said so, before this process ends for it.
+        section: settings of devices, precision and processes.
+        launch: settings from the launcher's environment.
+        meeting: the launch's store, after all ranks have joined; None to join here.
+        on_lost: called with the missing ranks before this process ends because of them.
+        on_over: called with another rank's verdict that the launch is over, before this process ends.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Runtime:
         timeout = timedelta(seconds=section.start_timeout_s)
         meeting = meeting or open_meeting(os.environ, patience_s=section.start_timeout_s)
         self.meeting: Meeting | None = None
-        """Of the launch's ranks, on the connection of the signs of life."""
+        """The launch's store, over the connection of the heartbeats; None for a lone process."""
         self._heartbeat: Heartbeat | None = None
         if meeting is not None:
             self.meeting = meeting.private()
-            # Before the groups: a rank that dies while they are being made is missed, too.
+            # Started before the groups, so that a rank that dies while they are being created is detected, too.
             self._heartbeat = Heartbeat(
                 self.meeting,
                 patience_s=section.start_timeout_s,
@@ -102,7 +102,7 @@ class Runtime:
             "the control group": (self._control, cpu),
             "the checkpoints' group": (self._writer, cpu),
         }
-        limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # before the heartbeat loses patience
+        limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # shorter than the heartbeat's time limit
         first_reduction(places, world_size=self.world_size, timeout_s=limit)
 
     @property
@@ -135,9 +135,9 @@ class Runtime:
         return {"accelerate": accelerate.__version__}
 
     def seed(self, value: int) -> None:
-        """Seeds torch's generator of the CPU, and of this process' device: what dropout and noise inside networks use.
+        """Seeds torch's generators of the CPU and of this process' device, used by dropout and noise in networks.
 
-        `torch.manual_seed` asks every backend that torch knows, at 0.2 ms a call, for the same numbers.
+        `torch.manual_seed` gives the same numbers, but visits every backend that torch knows, at 0.2 ms a call.
         """
         torch.default_generator.manual_seed(value)
         if self.device.type == "cuda":
@@ -184,7 +184,7 @@ class Runtime:
         accelerator.state.select_deepspeed_plugin(name)
         accelerator.deepspeed_plugin.deepspeed_config.update(settings)
         engine, _ = accelerator.prepare(module, optimizer)
-        if self.world_size > 1:  # DeepSpeed's copy of the training group has a timeout of its own
+        if self.world_size > 1:  # DeepSpeed's copy of the training group has its own timeout
             self._engine_groups = [engine.seq_data_parallel_group]
             self._set_timeout(self.section.start_timeout_s, self._engine_groups)
         return engine_player(name, engine, optimizer, stage=stage, clip=section.clip, settings=settings)
@@ -384,13 +384,13 @@ class Runtime:
 
     @property
     def place(self) -> str:
-        """What this rank began last; empty for a lone process."""
+        """Name of the landmark that this rank passed last; empty for a lone process."""
         return self._heartbeat.place if self._heartbeat is not None else ""
 
     def close(self) -> None:
-        """Leaves the process groups, on all ranks together: over NCCL that waits for every one of them.
+        """Destroys the process groups, on all ranks together: NCCL waits for every rank.
 
-        Only after a barrier that succeeded. Who leaves otherwise ends its process, and so its share of the groups.
+        Called only after a successful barrier. After a failure, a rank ends its process instead.
         """
         if self._heartbeat is not None:
             self._heartbeat.close()

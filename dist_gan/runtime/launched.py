@@ -1,4 +1,4 @@
-"""What the launcher asked for: strategy, precision, offload. Read from the environment before anything is started."""
+"""Settings of the launcher: strategy, precision, offload. Read from the environment before process groups exist."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a run work together."""
+    """Parallel strategy and precision requested by the launcher."""
 
     strategy: str = "single"
     """`single`, `ddp`, or `zero0` to `zero3`."""
     precision: str = "fp32"
     """`fp32`, `bf16` (our own autocast) or `fp64`."""
     offload: bool = False
-    """Whether ZeRO keeps the optimizers' moments in the host's memory."""
+    """True if ZeRO keeps the optimizers' moments in the host's memory."""
     zero_options: Mapping[str, Any] = field(default_factory=dict)
     """`zero_optimization` of a DeepSpeed file, and its other keys that do not touch what is learned."""
 

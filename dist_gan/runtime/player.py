@@ -24,12 +24,12 @@ OptimSection = AdamSection | SGDSection
 
 
 class Update(NamedTuple):
-    """What became of one update."""
+    """Result of one update of a player."""
 
     norm: float
     """Norm of the reduced gradient before clipping: the same on every rank, and so their vote on finiteness."""
     applied: bool
-    """Whether the weights moved."""
+    """True if the weights were changed; False for a skipped update."""
     culprit: str | None
     """First parameter whose gradient was not finite."""
 
@@ -58,7 +58,7 @@ class Player(ABC):
     @property
     @abstractmethod
     def callable(self) -> nn.Module:
-        """What is called in its own turn."""
+        """The module that is called in the player's own turn."""
 
     def rest(self) -> None:
         """Freezes the network for the other player's turn."""
@@ -98,7 +98,7 @@ class Player(ABC):
 
     @abstractmethod
     def load_full_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `full_tensors` gave, from any strategy. Collective.
+        """Restores a state from `full_tensors` of any strategy. Collective.
 
         Raises:
             ValueError: names or shapes are not this network's.
@@ -129,15 +129,15 @@ class Player(ABC):
                 yield f"optimizer/{name}/{key}", self.full_moment(name, key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint keeps."""
+        """Unsharded tensors that a checkpoint stores."""
         return self.full_tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Restores a state from `tensors`."""
         self.load_full_tensors(tensors)
 
     def values(self) -> dict[str, Any]:
-        """Nothing but tensors is kept: learning rates are functions of the images seen."""
+        """Empty: all state is in tensors; learning rates are functions of the images seen."""
         return {}
 
     def load_values(self, values: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes logs."""
+        """True on rank 0, which writes the logs."""
         return self.rank == 0
 
     def _set_threads(self) -> None:
@@ -120,7 +120,7 @@ class Runtime:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
     def describe(self) -> dict[str, Any]:
-        """What the run is started on, for its first event."""
+        """Device, precision, threads and strategy of the start, for the run's first event."""
         return {
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
@@ -255,7 +255,7 @@ class Runtime:
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+        """True on every rank if `flag` is set on any. Collective."""
         self.mark("a vote of all ranks")
         if self.world_size == 1:
             return flag
@@ -299,7 +299,7 @@ class Runtime:
         return list(json.loads(self._from_rank_zero(joined, group)))
 
     def _from_rank_zero(self, data: bytes, group: dist.ProcessGroup | None) -> bytes:
-        """What rank 0 has, on every rank."""
+        """Broadcasts the bytes of rank 0 to every rank."""
         length = torch.tensor(len(data))
         dist.broadcast(length, src=0, group=group)
         held = _as_bytes(data) if self.is_main else torch.empty(int(length), dtype=torch.uint8)
@@ -307,7 +307,7 @@ class Runtime:
         return bytes(held.numpy())
 
     def agree(self, problem: str | None) -> None:
-        """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
+        """Raises on every rank if any rank has a problem, with the sentence of the lowest such rank. Collective."""
         problems = self.gather_json(problem)
         for rank, text in enumerate(problems):
             if text is not None:
@@ -353,12 +353,12 @@ class Runtime:
     # -- time -----------------------------------------------------------------------------------------------------
 
     def mark(self, place: str) -> None:
-        """Tells the other ranks, in the background, what begins here; every rank marks the same places in one order."""
+        """Publishes a landmark in the background; every rank passes the same landmarks in the same order."""
         if self._heartbeat is not None:
             self._heartbeat.mark(place)
 
     def lost(self) -> Missing:
-        """Which rank died or hangs, once a collective has failed."""
+        """Dead and hanging ranks, after a collective has failed."""
         return self._heartbeat.missing() if self._heartbeat is not None else Missing(None)
 
     def shorten_timeout(self) -> None:

@@ -5,9 +5,9 @@
     python train.py --dry-run [configs/NAME.yaml] [section.key=value ...]
     python train.py --help
 
-The same command again resumes. --dry-run looks at the settings and the data and shows what would be trained. Exit code:
+Running the same command again resumes. --dry-run checks settings and data, and shows the resolved run. Exit code:
 0 finished; 2 the configuration is wrong; 3 training failed and starting again would not help; anything else is a crash.
-A launcher turns every failure into 1: read outcome.json. DIST_GAN_TRACEBACK=1 shows where an unforeseen error happened.
+Launchers exit with 1 after any failure: read outcome.json. DIST_GAN_TRACEBACK=1 prints tracebacks of unforeseen errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """Ends a program that is still being read, in one sentence."""
+    """Signal handler while modules are still being imported: ends the program with one sentence."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, b"dist_gan: stopped by SIGINT before the start; start the same command again\n")
     os._exit(130)
@@ -61,7 +61,7 @@ def _main(arguments: list[str]) -> int:
     is_rehearsal = "--dry-run" in flags
     try:
         place = place_in_launch(os.environ)
-    except UserError as error:  # which rank this is cannot be told, so that each says it
+    except UserError as error:  # the rank is unknown, so every rank reports the mistake
         print(report(f"dist_gan: {error}"), flush=True)
         return 2
     try:
@@ -73,7 +73,7 @@ def _main(arguments: list[str]) -> int:
             )
         config = settings(files[0] if files else EMBEDDED, overrides, place=place, is_rehearsal=is_rehearsal)
     except UserError as error:
-        # The embedded recipe's folder was not named by who mistyped it, and a rehearsal starts nothing.
+        # The default folder was not named by the user, and a rehearsal writes nothing.
         named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
         from dist_gan.launch import refuse_start
 
@@ -88,7 +88,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def help_text() -> str:
-    """How to call it, and every setting."""
+    """Text of `--help`: usage, and every setting with default and description."""
     return f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}"
 
 

@@ -41,7 +41,7 @@ class Written(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What the writing thread is handed."""
+    """Work for the thread that writes a checkpoint."""
 
     url: str
     images: int
@@ -61,10 +61,10 @@ class Checkpointer:
 
     Args:
         folder: URL of the folder that holds the checkpoints of a run.
-        runtime: the ranks.
-        section: how many are kept.
+        runtime: this process and its process groups.
+        section: settings for the retention of checkpoints.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
-        logs: local files that have to be on the disk when a checkpoint is committed, as far as they are written.
+        logs: local log files, flushed to the disk before a checkpoint is committed.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class Checkpointer:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes marks and commits."""
+        """True if this rank, rank 0, writes marks and commits."""
         return self._runtime.is_main
 
     @property
     def order_of_sums(self) -> dict[str, Any]:
-        """Entries of a manifest that decide in which order numbers are summed over ranks."""
+        """Manifest entries that determine the order of summation over ranks."""
         return {
             "world_size": self._runtime.world_size,
             "strategy": self._runtime.launch.strategy,
@@ -155,11 +155,11 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint in flight is known to have failed on this rank; `drain` raises why, on all."""
+        """True if this rank knows that the checkpoint in flight has failed; `drain` raises the reason on all ranks."""
         return self._problem is not None
 
     def finished(self) -> list[Written]:
-        """What has been committed since the last call."""
+        """Checkpoints that have been committed since the last call."""
         found, self._written = self._written, []
         return found
 
@@ -243,7 +243,7 @@ class Checkpointer:
             "values": json.loads(job.values),
         }
         data = json.dumps(manifest, indent=1).encode()
-        for log in self._logs:  # here, where no training waits for it
+        for log in self._logs:  # in this thread, so that training does not wait for the disk
             storage.sync_file(log)
         storage.publish(storage.join(job.url, "manifest.json"), data)
         storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
@@ -275,10 +275,10 @@ class Checkpointer:
         retention.abandon_after(self.folder, target)
 
     def intended_rollback(self) -> dict[str, Any] | None:
-        """The rollback that a killed process has left unfinished, on every rank alike.
+        """The note of a rollback left unfinished by a killed process, the same on every rank; None if there is none.
 
         Raises:
-            UserError: what is written of it is damaged.
+            UserError: the note is damaged.
         """
         value: dict[str, Any] | None = self._on_main(lambda: retention.intended_rollback(self.folder))
         return value
@@ -296,7 +296,7 @@ class Checkpointer:
         return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
 
     def _on_main(self, look: Callable[[], Any]) -> Any:
-        """The JSON value that rank 0 finds, on every rank; an exception of rank 0 is raised on every rank, too."""
+        """Calls `look` on rank 0; returns its JSON value, or raises its exception, on every rank."""
         found: dict[str, Any] = {}
         if self._runtime.is_main:
             try:
@@ -313,7 +313,7 @@ class Checkpointer:
         return found["found"]
 
     def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
-        """The newest committed checkpoint that is undamaged, on every rank alike; arguments as of the format's `newest`.
+        """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
 
         Raises:
             UserError: there are committed checkpoints and all of them are damaged.
@@ -329,7 +329,7 @@ class Checkpointer:
         return result
 
     def load(self, url: str, parts: Mapping[str, Stateful]) -> dict[str, Any]:
-        """Puts a checkpoint back into the parts; returns its manifest. Parts that are left out stay as they are.
+        """Restores the given parts from a checkpoint; returns its manifest.
 
         Raises:
             UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
@@ -367,7 +367,7 @@ class Checkpointer:
         return manifest
 
     def _refuse_other_settings(self, url: str, manifest: Mapping[str, Any]) -> None:
-        """Raises where a checkpoint was written with settings that a resumed run has to keep, or says nothing of them."""
+        """Raises UserError if a checkpoint's settings are missing, or differ where a resumed run has to keep them."""
         mine, theirs = self._facts.get("config"), manifest.get("config")
         if mine is None or mine == theirs:
             return

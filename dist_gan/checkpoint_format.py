@@ -26,49 +26,49 @@ from dist_gan.types import TensorFacts, TrainingFailed, UserError
 
 COMMIT, HEALTHY, ABANDONED = "COMMIT", "HEALTHY", "ABANDONED"
 ANOTHER = "; take another checkpoint"
-"""Remedy where one is damaged."""
+"""End of the error sentence for a damaged checkpoint."""
 _PART = 2**24
 """Bytes of a file that are held at a time while it is verified."""
 _NAME = re.compile(r"checkpoint-([0-9]{4,18})-([0-9]{12,18})")
 
 
 class Found(NamedTuple):
-    """What a search for a checkpoint came to."""
+    """Result of a search for a checkpoint."""
 
     url: str | None
     damaged: tuple[str, ...]
-    """Newer ones that were passed over: file and reason."""
+    """Damaged newer checkpoints that were skipped, as file and reason."""
 
 
 class Entry(NamedTuple):
-    """A checkpoint's folder, as far as its name and the names in it tell."""
+    """Facts about a checkpoint folder known from its name and its file names alone."""
 
     url: str
     serial: int
     images: int
     marks: frozenset[str]
-    """Names in the folder."""
+    """File names in the folder that mark its status, such as COMMIT."""
     problem: str | None
-    """Why the folder itself cannot be read."""
+    """Reason for which the folder cannot be read; None if it can."""
 
     @property
     def is_committed(self) -> bool:
-        """True if its last file has been written, or that cannot be told."""
+        """True if COMMIT, the last file, has been written, or if the folder cannot be read."""
         return COMMIT in self.marks or self.problem is not None
 
     @property
     def is_abandoned(self) -> bool:
-        """True if a rollback went back behind it."""
+        """True if a rollback went back to an earlier checkpoint."""
         return ABANDONED in self.marks
 
     @property
     def is_healthy(self) -> bool:
-        """True if training went on well from it."""
+        """True if training continued well from this checkpoint."""
         return HEALTHY in self.marks
 
 
 class Commit(NamedTuple):
-    """A checkpoint that was committed, whether or not it is whole by now."""
+    """A checkpoint that was committed; its files may have been damaged since."""
 
     url: str
     images: int
@@ -92,17 +92,17 @@ def entries(folder: str) -> Iterator[Entry]:
 
 
 def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> Found:
-    """The newest committed checkpoint whose every file is as the manifest says, and what was wrong with newer ones.
+    """The newest committed checkpoint whose files all match its manifest, and the damage found in newer ones.
 
-    Those that a rollback has abandoned are passed over without a word; with `healthy`, those not marked so, too.
+    Checkpoints abandoned by a rollback are skipped silently; with `healthy`, so are those not marked healthy.
 
     Args:
         folder: URL of the folder that holds the checkpoints.
-        healthy: only those from which training went on well.
-        before: only those with a lower serial.
+        healthy: consider only checkpoints marked healthy.
+        before: consider only checkpoints with a lower serial.
 
     Raises:
-        TrainingFailed: the store does not answer, which says nothing of what is in it.
+        TrainingFailed: the store does not answer, so that it is unknown which checkpoints it holds.
     """
     damaged: list[str] = []
     for entry in entries(folder):
@@ -118,10 +118,10 @@ def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> 
 
 
 def newest_commit(folder: str) -> Commit | None:
-    """The newest checkpoint that was committed and not abandoned, by its name and marks alone: nothing of it is read.
+    """The newest committed and not abandoned checkpoint, found by file names alone, without reading its files.
 
-    For who says how a run ended and has no time to compare hashes. None where there is none, or the folder cannot be
-    read.
+    Used when a run ends and there is no time to compare hashes. None if there is no such checkpoint, or if the folder
+    cannot be read.
     """
     try:
         return next(
@@ -132,7 +132,7 @@ def newest_commit(folder: str) -> Commit | None:
 
 
 def verify(url: str) -> list[str]:
-    """Everything that is wrong with a checkpoint; empty if it is whole.
+    """Sentences about all damage found in a checkpoint; empty if it is intact.
 
     Raises:
         TrainingFailed: the store does not answer.
@@ -154,10 +154,10 @@ def verify(url: str) -> list[str]:
 
 
 def read_manifest(url: str) -> dict[str, Any]:
-    """The manifest of a committed checkpoint, every value of the type and in the range that the format gives it.
+    """The manifest of a committed checkpoint, with types and ranges of all values checked.
 
     Raises:
-        Damaged: there is none, COMMIT is not its hash, another version wrote it, or something in it cannot be.
+        Damaged: there is no manifest, COMMIT is not its hash, its format version is another, or a value is invalid.
         TrainingFailed: the store does not answer.
     """
     place = storage.redact(url)
@@ -181,10 +181,10 @@ def read_manifest(url: str) -> dict[str, Any]:
 
 
 def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a checkpoint, on the CPU; `prefix` reads only the files that hold such names.
+    """Manifest and tensors of a checkpoint, on the CPU; with `prefix`, only the files with tensor names that begin so.
 
     Raises:
-        Damaged: it is damaged or not committed.
+        Damaged: the checkpoint is damaged or not committed.
         TrainingFailed: the store does not answer.
     """
     manifest = read_manifest(url)
@@ -202,7 +202,7 @@ def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def announced(manifest: Mapping[str, Any], *, prefix: str) -> dict[str, TensorFacts]:
-    """Shape and dtype of the tensors whose names begin with `prefix`, without it, as a manifest has them."""
+    """Shapes and dtypes, as listed in a manifest, of the tensors under `prefix`; names are returned without it."""
     return {
         name.removeprefix(prefix): _facts(entry)
         for name, entry in manifest["tensors"].items()
@@ -250,7 +250,7 @@ def _compare_size(size: int, facts: Mapping[str, Any], place: str) -> None:
 
 
 def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: str, place: str) -> None:
-    """Raises unless a file announces the tensors that the manifest says are in it."""
+    """Raises Damaged unless the header of a tensor file lists the tensors that the manifest lists for it."""
     try:
         found = tensorfile.read_header(head, size=size, name=place)
     except ValueError as error:
@@ -284,16 +284,16 @@ def is_name(url: str) -> bool:
 
 
 def serial_of(url: str) -> int:
-    """Serial of a checkpoint by its name: names are compared by it, for as text 10000 comes before 9999.
+    """Serial number in a checkpoint's name. Names are compared by it: as text, 10000 would come before 9999.
 
     Raises:
-        Damaged: it is no checkpoint's name.
+        Damaged: the name is not that of a checkpoint.
     """
     return int(_match(url)[1])
 
 
 def images_of(url: str) -> int:
-    """Images seen at a checkpoint by its name. Raises Damaged as `serial_of`."""
+    """Number of images seen at a checkpoint, from its name. Raises Damaged as `serial_of` does."""
     return int(_match(url)[2])
 
 

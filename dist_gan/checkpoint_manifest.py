@@ -1,7 +1,7 @@
-"""The types and ranges of everything in the manifest of a checkpoint, compared before anything of it is used.
+"""Types and ranges of all values in a checkpoint's manifest, checked before any of them is used.
 
-COMMIT only says that the manifest is the one that was written. One that another program wrote, or somebody changed
-together with its hash, is damaged like any other.
+The hash in COMMIT only proves that the manifest is the one that was written. A manifest written by another program, or
+changed together with its hash, is therefore checked like any other.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ FORMAT = "dist_gan.checkpoint"
 VERSION = 1
 PLAYERS = ("discriminator", "generator")
 LONGEST_CONFIG = 2**20
-"""Characters of the settings as YAML."""
+"""Largest length of the settings as YAML, in characters."""
 MOST_DRAWS = 2**48
-"""Batches that a run can have drawn."""
+"""Largest number of batches that a run can have drawn."""
 _FILE = re.compile(r"data-[0-9]{5,18}-of-[0-9]{5,18}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALLEST_FILE = 8
 
 
 def check(manifest: Record) -> None:
-    """Compares a manifest with what this version of the format holds; keys that it does not know are left alone.
+    """Checks a manifest against this version of the format; unknown keys are ignored.
 
     Raises:
-        Damaged: something is missing, or of another type or range.
+        Damaged: an entry is missing, or has a wrong type or range.
     """
     manifest.whole("serial", low=1)
     manifest.whole("images")
@@ -44,7 +44,7 @@ def check(manifest: Record) -> None:
     if "scalars" in manifest:
         scalars = manifest.record("scalars")
         for name, value in scalars.values.items():
-            if type(value) not in (int, float):  # one that is not finite is what the log showed
+            if type(value) not in (int, float):  # NaN and infinity are allowed: the log may have shown them
                 raise scalars.problem(name, "a number")
     _check_files(manifest)
     _check_values(manifest)
@@ -71,7 +71,7 @@ def _check_files(manifest: Record) -> None:
 
 
 def _check_values(manifest: Record) -> None:
-    """The state of the parts whose names are the checkpoint's contract."""
+    """Checks the saved states of the parts that every checkpoint has. Raises Damaged."""
     values = manifest.record("values")
     for part in values:
         values.record(part)
@@ -87,7 +87,7 @@ def _check_values(manifest: Record) -> None:
 
 
 def check_progress(progress: Record) -> None:
-    """Counters of a run. Raises Damaged."""
+    """Checks the counters of a run's progress. Raises Damaged."""
     images = progress.whole("images")
     for name in ("d_updates", "g_updates"):
         progress.whole(name)
@@ -96,7 +96,7 @@ def check_progress(progress: Record) -> None:
 
 
 def check_recovery(recovery: Record) -> None:
-    """Counters of what was done about failures. Raises Damaged."""
+    """Checks the counters of skipped updates and rollbacks. Raises Damaged."""
     recovery.whole("rollbacks")
     for player in PLAYERS:
         recovery.record("skipped").whole(player)
@@ -107,7 +107,7 @@ def check_recovery(recovery: Record) -> None:
 
 
 def check_stream(stream: Record) -> None:
-    """Place in the order of the data. Raises Damaged."""
+    """Checks the saved position in the data order. Raises Damaged."""
     stream.whole("draw", high=MOST_DRAWS)
     stream.text("fingerprint")
     for pair in stream.values.get("damaged", []) if isinstance(stream.values.get("damaged", []), list) else [None]:

@@ -1,4 +1,4 @@
-"""The `dist-gan` command: what is done with images before a run, and with checkpoints after it."""
+"""The `dist-gan` command: prepares image data sets before a run, and uses checkpoints after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_gan.wording import last_resort, print_anything, report, safe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; exit code 0, or with one sentence 2 for a mistake, 3 for a disk or store that failed, 1 else."""
+    """Runs one subcommand; exit code 0, or, after one sentence, 2 (user error), 3 (disk or store failed), 1 (crash)."""
     print_anything()
     options = _parser().parse_args(arguments)
     try:
@@ -39,60 +39,62 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     pack = commands.add_parser(
-        "pack", help="images (folder, bucket, zip or npz) into WebDataset shards with a manifest"
+        "pack", help="write images (folder, bucket, zip or npz) as WebDataset shards with a manifest"
     )
     pack.add_argument(
-        "source", help="folder tree here or in a store (s3://...), zip, or npz with `images` and `labels`"
+        "source", help="local folder or URL of a store (s3://...), zip, or npz with `images` and `labels`"
     )
-    pack.add_argument("dest", help="new folder for the shards, here or in a store")
-    pack.add_argument("--resolution", type=int, help="side in pixels, a power of two; default: that of the images")
-    pack.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour; default: that of the images")
+    pack.add_argument("dest", help="new folder for the shards, a local path or a URL")
+    pack.add_argument("--resolution", type=int, help="side in pixels, a power of two; default: as the images")
+    pack.add_argument("--channels", type=int, choices=(1, 3), help="1 grey, 3 colour; default: as the images")
     pack.add_argument("--upscale", action="store_true", help="enlarge images that are smaller than --resolution")
-    pack.add_argument("--pad", action="store_true", help="centre smaller images on black instead")
-    pack.add_argument("--no-labels", action="store_true", help="folders are no classes")
+    pack.add_argument("--pad", action="store_true", help="centre smaller images on black instead of --upscale")
+    pack.add_argument("--no-labels", action="store_true", help="write no labels: folders are not classes")
     pack.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and count them")
-    pack.add_argument("--samples-per-shard", type=int, default=None, help="images a shard")
-    pack.add_argument("--workers", type=int, default=None, help="processes; default: the cores")
+    pack.add_argument("--samples-per-shard", type=int, default=None, help="images per shard")
+    pack.add_argument("--workers", type=int, default=None, help="number of processes; default: number of cores")
     pack.set_defaults(run=_pack)
 
-    index = commands.add_parser("index", help="a manifest for shards that others wrote")
+    index = commands.add_parser("index", help="write a manifest for existing WebDataset shards")
     index.add_argument("url", help="folder of the shards")
-    index.add_argument("--label-key", default=None, help="key of the .json member that holds the class number")
-    index.add_argument("--force", action="store_true", help="replace a manifest that is there")
+    index.add_argument("--label-key", default=None, help="key of the class in each .json member; default: .cls members")
+    index.add_argument("--force", action="store_true", help="replace an existing manifest")
     index.set_defaults(run=_index)
 
-    verify = commands.add_parser("verify", help="checks every byte of shards or of a checkpoint")
+    verify = commands.add_parser("verify", help="check every byte of shards or of checkpoints")
     verify.add_argument("url", help="folder of shards, a checkpoint, or a run folder")
     verify.add_argument("--no-decode", action="store_true", help="do not decode the images")
     verify.set_defaults(run=_verify)
 
-    sample = commands.add_parser("sample", help="pictures from a run, a checkpoint or an exported generator")
+    sample = commands.add_parser("sample", help="draw samples from a run, a checkpoint or an exported generator")
     sample.add_argument("url", help="run folder, checkpoint, or exported generator")
-    sample.add_argument("dest", help="a .png for a grid, else a folder for single PNGs")
-    sample.add_argument("--count", type=int, default=64, help="pictures")
-    sample.add_argument("--seed", type=int, default=0, help="other pictures")
-    sample.add_argument("--label", default=None, help="class of all pictures, by number or by name")
+    sample.add_argument("dest", help="local path: name of a .png for a grid, otherwise a folder for single PNGs")
+    sample.add_argument("--count", type=int, default=64, help="number of samples")
+    sample.add_argument("--seed", type=int, default=0, help="random seed of the latents")
+    sample.add_argument("--label", default=None, help="class of all samples, by number or by name")
     sample.add_argument(
-        "--interpolate", type=int, default=0, metavar="STEPS", help="rows that walk from latent to latent"
+        "--interpolate", type=int, default=0, metavar="STEPS", help="images per row of an interpolation between latents"
     )
     sample.set_defaults(run=_sample)
 
-    export = commands.add_parser("export", help="the averaged generator as model.safetensors and config.json")
+    export = commands.add_parser("export", help="write the averaged generator as model.safetensors and config.json")
     export.add_argument("url", help="run folder or checkpoint")
     export.add_argument("dest", help="new folder")
     export.set_defaults(run=_export)
 
-    inspect = commands.add_parser("inspect", help="what is in a run, a checkpoint, a set of shards or a generator")
-    inspect.add_argument("url")
+    inspect = commands.add_parser(
+        "inspect", help="describe a run, a checkpoint, a set of shards or an exported generator"
+    )
+    inspect.add_argument("url", help="run folder, checkpoint, folder of shards, or exported generator")
     inspect.set_defaults(run=_inspect)
     return parser
 
 
 def _settle_places(options: argparse.Namespace) -> None:
-    """Gives every path and URL of the command its plain spelling. Raises: UserError."""
+    """Normalises every path and URL among the options. Raises: UserError."""
     for name in ("source", "dest", "url"):
         if hasattr(options, name):
-            local = name == "dest" and options.run is _sample  # pictures are written by Pillow, on a disk
+            local = name == "dest" and options.run is _sample  # Pillow writes samples to local paths only
             settle = urls.local_place_of if local else urls.place_of
             setattr(options, name, settle(getattr(options, name), place=name.upper()))
 
@@ -146,7 +148,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_run(url: str) -> int:
-    """Every checkpoint of a run: what is wrong with the committed ones, and which are none."""
+    """Verifies every checkpoint of a run: reports damage in committed ones, and lists uncommitted folders."""
     from dist_gan import checkpoint_format
 
     problems: list[str] = []
@@ -204,7 +206,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _note(notes: Sequence[str]) -> None:
-    """Sentences beside what was asked for: damaged checkpoints that were passed over."""
+    """Prints notes on standard error, such as damaged checkpoints that were skipped."""
     for note in notes:
         _say(f"dist-gan: {note}")
 
@@ -283,13 +285,13 @@ def _describe_run(url: str) -> None:
 
 
 def _show(*lines: object) -> None:
-    """What a command found out, on the standard output."""
+    """Prints the result of a command on standard output."""
     for line in lines:
         print(safe(line))
 
 
 def _say(message: str) -> None:
-    """Why a command ended."""
+    """Prints the reason for which a command ended, on standard error."""
     print(report(message), file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""Every setting of a run, as typed sections with a docstring under each field.
+"""Every setting of a run, as typed sections with a docstring under each field, which `train.py --help` prints.
 
-A part is chosen by its `kind`; there is no inheritance between files, no interpolation and no class path. The
+A component is chosen by its `kind`; there is no inheritance between files, no interpolation and no class path. The
 defaults are a complete run, the embedded one: shapes that the program draws itself.
 """
 
@@ -30,78 +30,78 @@ class RunSection(Section):
     dir: Place = "runs/shapes"
     """Folder of the run: configuration, logs, samples, checkpoints. The same folder again resumes."""
     images: Annotated[Count, Field(gt=0)] = 240_000
-    """Real images that the discriminator learns from before the run ends."""
+    """Length of the run: real images shown to the discriminator."""
     batch: Annotated[Count, Field(gt=0, le=2**20)] = 64
-    """Images a discriminator update, over all processes and micro-batches."""
+    """Global batch size: images per discriminator update, summed over all processes and micro-batches."""
     d_updates: Annotated[Count, Field(ge=1, le=1000)] = 1
     """Discriminator updates for each generator update."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    """Every random number of the run is a function of it."""
+    """Random seed; every random number of the run is a function of it."""
     resume: Place = "auto"
-    """`auto`: from the newest checkpoint in `dir`; `never`: only into an empty folder; or a checkpoint's path."""
+    """Checkpoint to resume from: `auto` the newest in `dir`, `never` none (`dir` has to be empty), or a path."""
     init_from: Place | None = None
-    """Run folder, checkpoint or exported generator whose weights a new run begins with, as far as names and shapes fit."""
+    """Run folder, checkpoint or exported generator with initial weights of a new run, where names and shapes fit."""
     profile: bool = False
     """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
 
 
 class DataOrder(Section):
-    """What any image data set is read by."""
+    """Settings shared by all image data sets."""
 
     holdout: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
-    """Share of the images kept from training, chosen by a hash of the key."""
+    """Share of the images held out from training, chosen by a hash of the key."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     lanes: Annotated[Count, Field(ge=1, le=2**16)] = 64
-    """Logical readers that the order is dealt over; at least one for each process."""
+    """Number of logical readers that the sample order is divided among; at least one per process."""
     block: Annotated[Count, Field(ge=1, le=2**16)] = 64
-    """Neighbouring images of a shard that are read at once and shuffled together."""
+    """Number of neighbouring images of a shard that are read in one request and shuffled together."""
     balance: bool = False
     """Draw every class equally often, however many images it has."""
     prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
-    """Batches decoded ahead of need."""
+    """Number of batches decoded ahead of training."""
     workers: Annotated[Count, Field(ge=1, le=256)] = 2
-    """Threads of a process that decode."""
+    """Number of decoding threads per process."""
     memory: Annotated[Count, Field(ge=2**20, le=2**42)] = 2**29
-    """Bytes of image files that a process may hold; where the blocks of all lanes do not fit, images are read singly."""
+    """Limit for undecoded images per process, in bytes; if the lanes' blocks exceed it, images are read singly."""
     cache: Annotated[Count, Field(ge=0, le=2**42)] = 2**28
-    """Bytes that a process may keep decoded; a data set that fits is decoded once, any other at every pass."""
+    """Limit for decoded images per process, in bytes; a data set that fits is decoded once, else on every pass."""
     bad_images: Literal["substitute", "fail"] = "substitute"
-    """What becomes of an image that is damaged: the next sound one in its shard takes its place, or the run ends."""
+    """Reaction to a damaged image: substitute the next sound one of its shard, or end the run."""
     max_bad: Annotated[Real, Field(ge=0, le=1)] = 1e-3
-    """Share of the images that may be substituted before the run ends; one is always allowed."""
+    """Share of damaged images that may be substituted before the run ends; one is always allowed."""
 
 
 class ShapesData(DataOrder):
-    """Pictures that the program draws: 4 shapes in 3 colours, 32x32."""
+    """Images drawn by the program itself: 4 shapes in 3 colours, 32x32."""
 
     kind: Literal["shapes"] = "shapes"
     """The embedded data set."""
     count: Annotated[Count, Field(ge=12, le=10**6)] = 24_000
-    """Pictures to draw."""
+    """Number of images drawn."""
 
 
 class ShardsData(DataOrder):
-    """WebDataset shards with a manifest, as `dist-gan pack` or `dist-gan index` leaves them."""
+    """WebDataset shards with a manifest, as written by `dist-gan pack` or `dist-gan index`."""
 
     kind: Literal["shards"] = "shards"
-    """Images from shards."""
+    """Images from WebDataset shards."""
     url: Place
     """Folder of the shards: a path, or a URL of an allowed scheme."""
     weight: Annotated[Count, Field(ge=1, le=10_000)] = 1
-    """Share of `url` in a mixture."""
+    """Mixing weight of the shards at `url`, relative to those in `mix`."""
     mix: Annotated[
         dict[Place, Annotated[Count, Field(ge=1, le=10_000)]],
         Field(default_factory=dict, max_length=10_000),
         BeforeValidator(each_folder_once),
     ]
-    """Further folders of shards and their weights: of every `weight` + sum of these images each gives exactly its own."""
+    """Further shard folders and their weights; of every (sum of all weights) images, each gives exactly its weight."""
     patience_s: Annotated[Count, Field(ge=1, le=3600)] = 120
-    """Seconds that the store may stay silent before the run ends."""
+    """Time limit, in seconds, for a store that does not answer; then the run ends."""
     disk_cache: PlaceOrNone = ""
-    """Local folder in which what was read is kept, for all processes of a machine; empty for none."""
+    """Local folder that caches reads from the store, shared by all processes of a machine; empty for no cache."""
     disk_cache_bytes: Annotated[Count, Field(ge=2**20)] = 2**36
-    """Bytes that the folder may take; what was not used for longest goes first."""
+    """Size limit of `disk_cache`, in bytes; the least recently used entries are deleted first."""
 
     @property
     def sources(self) -> dict[str, int]:
@@ -110,12 +110,12 @@ class ShardsData(DataOrder):
 
 
 class PointsData(Section):
-    """Points in the plane from a ring of Gaussians, for studies of the game itself."""
+    """Points in the plane from a ring of Gaussians, for studies of GAN dynamics without images."""
 
     kind: Literal["points"] = "points"
-    """Points made on the spot, a function of seed, draw and slot."""
+    """Points generated in memory, a function of seed, draw and slot."""
     modes: Annotated[Count, Field(ge=1, le=10_000)] = 8
-    """Gaussians on the circle."""
+    """Number of Gaussians on the circle."""
     radius: Annotated[Real, Field(gt=0)] = 0.7
     """Radius of the circle; points lie in [-1, 1]."""
     sigma: Annotated[Real, Field(gt=0)] = 0.02
@@ -123,10 +123,10 @@ class PointsData(Section):
 
 
 class ArticleNetworks(Section):
-    """The pair of the article that the project grew out of: dense layers, then transposed convolutions."""
+    """Networks of the article that the project grew out of: dense layers, then transposed convolutions."""
 
     kind: Literal["article"] = "article"
-    """RECIPES: literally at 32x32, one more stride-2 stage at 64x64."""
+    """Networks of the article: literally at 32x32, with one more stride-2 stage at 64x64."""
     resolution: Literal[32, 64] = 32
     """Pixels a side."""
     channels: Literal[1, 3] = 3
@@ -143,7 +143,7 @@ class DCGANNetworks(Section):
     """DCGAN (Radford et al. 2016) for sides of 2^n."""
 
     kind: Literal["dcgan"] = "dcgan"
-    """Strided convolutions both ways."""
+    """Strided convolutions in both networks."""
     resolution: Literal[16, 32, 64, 128, 256] = 32
     """Pixels a side."""
     channels: Literal[1, 3] = 3
@@ -153,19 +153,19 @@ class DCGANNetworks(Section):
     latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 100
     """Numbers in a latent."""
     g_width: Annotated[Count, Field(ge=1, le=4096)] = 64
-    """Channels of the generator's widest picture; doubled for each halving of the side, up to 8 times."""
+    """Channels of the generator's largest feature map; doubled for each halving of the side, up to 8 times."""
     d_width: Annotated[Count, Field(ge=1, le=4096)] = 64
     """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
     g_norm: Literal["batch", "none"] = "batch"
     """Normalisation in the generator."""
     d_norm: Literal["batch", "none", "spectral"] = "batch"
-    """Normalisation in the discriminator: of activations, or of weights; gradient penalties are not defined for `batch`."""
+    """Normalisation of activations or weights in the discriminator; gradient penalties are not defined for `batch`."""
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
-    """Dense layers of 128 units that the latent passes first; they let it fall apart into modes."""
+    """Number of dense layers of 128 units before the first stage; they let the latent split into modes."""
     g_smooth: bool = False
-    """Generator's enlarging stages start bilinear: its first pictures are soft colours instead of white noise."""
+    """Bilinear initialisation of the generator's upsampling stages: first samples are smooth instead of white noise."""
     d_stddev: Annotated[Count, Field(ge=0, le=2**20)] = 0
-    """Images of a group whose spread the discriminator sees (minibatch standard deviation); 0 for none."""
+    """Group size, in images, of the discriminator's minibatch standard deviation; 0 turns it off."""
 
 
 class MLPNetworks(Section):
@@ -178,39 +178,39 @@ class MLPNetworks(Section):
     latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 16
     """Numbers in a latent."""
     width: Annotated[Count, Field(ge=1, le=2**16)] = 128
-    """Units a hidden layer."""
+    """Units per hidden layer."""
     depth: Annotated[Count, Field(ge=1, le=256)] = 3
-    """Hidden layers."""
+    """Number of hidden layers."""
 
 
 class ObjectiveSection(Section):
-    """The game: the players' losses, and the penalties on the discriminator's gradient."""
+    """Losses of generator and discriminator, and regularisation of the discriminator."""
 
     kind: Literal["minimax", "nonsaturating", "hinge", "least_squares", "wasserstein", "relativistic"] = "relativistic"
-    """Loss of both players; formulae and sources in dist_gan/objectives/losses.py."""
+    """Loss function of both networks; formulae and sources in dist_gan/objectives/losses.py."""
     r1_gamma: Knob = 0.0
     """R1: gamma / 2 times the mean squared gradient at real images (Mescheder et al. 2018)."""
     r2_gamma: Knob = 0.0
-    """R2: the same at generated images."""
+    """R2: gamma / 2 times the mean squared gradient at generated images (Mescheder et al. 2018)."""
     gradient_penalty: Knob = 0.0
     """WGAN-GP: lambda times (gradient norm - 1)^2 between real and generated images (Gulrajani et al. 2017)."""
     penalty_every: Annotated[Count, Field(ge=1, le=10**6)] = 1
-    """Apply penalties at every k-th discriminator update, k times as strong (lazy regularisation)."""
+    """Interval k, in discriminator updates, at which penalties are applied, k times as strong (lazy regularisation)."""
     instance_noise: Knob = 0.0
-    """Standard deviation of Gaussian noise added to all that the discriminator sees."""
+    """Standard deviation of the Gaussian noise added to every input of the discriminator."""
     label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
-    """Real images get the target 1 - this value (minimax and nonsaturating)."""
+    """One-sided label smoothing: the target of real images is 1 minus this value (minimax and nonsaturating)."""
     lecam: Annotated[Real, Field(ge=0)] = 0.0
-    """LeCam: pulls the logits towards their running means, against overfitting (Tseng et al. 2021)."""
+    """Weight of LeCam: pulls the logits towards their running means, against overfitting (Tseng et al. 2021)."""
     shared_batch: bool = False
-    """The generator's turn takes the discriminator's last batch and latents again, as the article does."""
+    """Reuse the discriminator's last batch and latents in the generator update, as the article does."""
 
 
 class AdamSection(Section):
     """Adam (Kingma and Ba 2015)."""
 
     kind: Literal["adam", "adamw"] = "adam"
-    """`adamw` decouples weight decay (Loshchilov and Hutter 2019); `adam` adds it to the gradient."""
+    """Optimizer: `adamw` decouples weight decay (Loshchilov and Hutter 2019), `adam` adds it to the gradient."""
     lr: Knob = 2e-4
     """Learning rate."""
     beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.5
@@ -218,7 +218,7 @@ class AdamSection(Section):
     beta2: Decay = 0.999
     """Decay of the second moment."""
     eps: Annotated[Real, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
+    """Constant added to the denominator of the update, for numerical stability."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """L2 on the weights."""
     clip: Annotated[Real, Field(ge=0)] = 0.0
@@ -229,11 +229,11 @@ class SGDSection(Section):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
-    """With momentum as in torch."""
+    """Stochastic gradient descent with momentum as in torch."""
     lr: Knob = 0.01
     """Learning rate."""
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
-    """Momentum."""
+    """Momentum factor."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """L2 on the weights."""
     clip: Annotated[Real, Field(ge=0)] = 0.0
@@ -241,83 +241,83 @@ class SGDSection(Section):
 
 
 class EMASection(Section):
-    """The averaged generator, which samples are drawn from."""
+    """Exponential moving average of the generator's weights; samples are drawn from it."""
 
     half_life: Knob = 20_000.0
-    """Images after which a weight counts half."""
+    """Half-life of the average, in images: a past weight counts half after so many."""
     warmup: Annotated[Real, Field(ge=0)] = 0.05
-    """Half-life is at most this share of the images seen so far; 0 for no limit (Karras et al. 2020)."""
+    """Upper limit of the half-life, as a share of the images seen so far; 0 for no limit (Karras et al. 2020)."""
 
 
 class RuntimeSection(Section):
-    """How the machine is used; no setting here changes what is learned beyond rounding."""
+    """Device, precision and process settings; none of them changes what is learned beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU for each process where there is one, and the CPU elsewhere."""
+    """Device of each process: `auto` takes a GPU if there is one, the CPU otherwise."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """`auto` takes the launch file's mixed_precision. bf16 is autocast, penalties stay in fp32. fp64 is for proofs."""
+    """Arithmetic: `auto` as mixed_precision in the launch file, bf16 autocast with fp32 penalties, fp64 for proofs."""
     tf32: bool = False
-    """TF32 (10 bits of mantissa) for GPU products and convolutions in fp32, penalties under bf16 included; off: full fp32."""
+    """TF32 (10-bit mantissa) for fp32 products and convolutions on GPUs, penalties under bf16 too; off: full fp32."""
     micro_batch: Annotated[Count, Field(gt=0, le=2**20)] | None = None
-    """Images a process forwards at once; its share of the batch is accumulated in pieces of this size. None: at once."""
+    """Micro-batch size for gradient accumulation, in images per process; None: its whole share of the batch."""
     threads: Annotated[Count, Field(gt=0, le=1024)] | None = None
-    """CPU threads a process; None: cores divided by the processes of this machine."""
+    """CPU threads per process; None: the machine's cores divided by its processes."""
     sync_batchnorm: bool = False
-    """Batch normalisation over the batch of all processes, instead of each its own with averaged running statistics."""
+    """Batch normalisation over all processes; off: per process, with averaged running statistics."""
     compress: Literal["none", "bf16"] = "none"
-    """`bf16` halves the bytes of DDP's gradients on their way between processes; replicas stay equal, rounding grows."""
+    """Gradient compression of DDP: `bf16` halves the bytes sent; replicas stay equal, rounding errors grow."""
     compare_every: Annotated[Count, Field(gt=0)] | None = None
-    """Images between comparisons of the replicas of networks and average; None: at every checkpoint only."""
+    """Interval, in images, at which ranks compare their copies of networks and average; None: at checkpoints only."""
     deterministic: bool = False
-    """Only deterministic CUDA kernels, so that a resumed run is bitwise the same there too."""
+    """Use deterministic CUDA kernels only, so that resuming on GPUs is bitwise exact too."""
     stop_every: Annotated[Count, Field(gt=0)] = 1_000
-    """Images between looks of all processes for a request to stop (the signals TERM, INT, USR1, USR2)."""
+    """Interval, in images, at which ranks check for a stop signal (TERM, INT, HUP, USR1, USR2)."""
     start_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 1800
-    """Longest time without progress until the first step is done; then the rank that is missing is named."""
+    """Time limit, in seconds, without progress until the first step is done; then the missing rank is named."""
     step_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 300
-    """The same afterwards."""
+    """Time limit, in seconds, without progress after the first step; then the missing rank is named."""
 
 
 class LogSection(Section):
-    """What is seen, and how often, in images."""
+    """Scalars and sample grids; intervals are in images."""
 
     every: Annotated[Count, Field(gt=0)] = 4_000
-    """Images between lines of scalars."""
+    """Interval, in images, between logged lines of scalars."""
     samples_every: Annotated[Count, Field(gt=0)] = 20_000
-    """Images between grids of samples."""
+    """Interval, in images, between sample grids."""
     samples: Annotated[Count, Field(ge=1, le=1024)] = 64
-    """Samples a grid."""
+    """Number of samples per grid."""
 
 
 class CheckpointSection(Section):
-    """Checkpoints, in images."""
+    """Frequency and retention of checkpoints; intervals are in images."""
 
     every: Annotated[Count, Field(gt=0)] = 40_000
-    """Images between checkpoints; the last one is always written."""
+    """Interval, in images, between checkpoints; the last one is always written."""
     keep: Annotated[Count, Field(ge=2, le=10**6)] = 3
-    """Newest checkpoints that are kept; the newest healthy one is kept besides."""
+    """Number of newest checkpoints kept; the newest healthy one is kept in addition."""
     keep_every: Annotated[Count, Field(gt=0)] | None = None
-    """Images between checkpoints that are kept for good; None for none."""
+    """Interval, in images, between checkpoints that are never deleted; None for no such checkpoints."""
     keep_best: Annotated[str, Field(min_length=1)] | None = None
-    """Name of a logged scalar: the checkpoint with its lowest value is kept besides, with `-` before it the highest.
+    """Logged scalar whose lowest value marks a checkpoint to keep in addition; with `-` before the name, the highest.
 
     Names: loss/discriminator, loss/generator, logits/real, logits/fake, logits/generated, and others of metrics.jsonl.
     """
     wait_s: Annotated[Count, Field(ge=1, le=10**6)] = 600
-    """Longest wait for a checkpoint that is still being written when the run ends or saves the next one."""
+    """Time limit, in seconds, for a checkpoint still being written when the run ends or saves the next one."""
 
 
 class RecoverySection(Section):
-    """When training has failed."""
+    """Limits for skipped updates, rollbacks and restarts after failures."""
 
     max_nonfinite: Annotated[Count, Field(ge=1, le=10**6)] = 20
-    """Updates of one player skipped in the window, for a gradient that is not finite, after which the run rolls back."""
+    """Number of skipped updates (non-finite gradient) of one network within `window` that causes a rollback."""
     window: Annotated[Count, Field(ge=1, le=10**6)] = 100
-    """Updates of a player that skipped ones are counted in."""
+    """Length, in updates of one network, of the sliding window in which skipped updates are counted."""
     rollbacks: Annotated[Count, Field(ge=0, le=10**6)] = 2
-    """Times that a run goes back to its newest healthy checkpoint before it ends with exit code 3."""
+    """Number of rollbacks to the newest healthy checkpoint before the run ends with exit code 3."""
     max_restarts: Annotated[Count, Field(ge=2, le=10**6)] = 5
-    """Starts from the same images without a new checkpoint, after which the run ends with exit code 3."""
+    """Number of starts at the same image count, without a new checkpoint, after which the run ends with exit code 3."""
 
 
 def _kind_of(default: str) -> Any:

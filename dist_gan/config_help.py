@@ -1,4 +1,4 @@
-"""Every setting with its default and what it does, as text."""
+"""Help text of the configuration: every setting with its default and description."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dist_gan.config import (
 
 
 def schema_help() -> str:
-    """Every section and field with its default and docstring."""
+    """Help text: every section and field with its default and docstring."""
     lines: list[str] = []
     for name, sections in _sections().items():
         for section in sections:

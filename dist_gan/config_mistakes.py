@@ -1,4 +1,4 @@
-"""Plain sections as typed settings, and a sentence for each thing in them that is wrong."""
+"""Validation of a configuration: dictionaries become typed settings, and every mistake becomes a sentence."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ DEFAULT_KINDS = {
 
 
 def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """The configuration, and each mistake with its place; what is wrong is replaced by its default.
+    """The configuration, and each mistake with its place; an invalid setting is replaced by its default.
 
-    Going on with the defaults is what lets the rules that join fields speak in the same report. Every round takes
-    something out of the sections, so that it ends whatever they hold.
+    With defaults in place of invalid settings, the rules that join fields can be checked in the same report. Every
+    round removes an entry from `raw`, so the loop ends whatever it holds.
     """
     mistakes: dict[str, str] = {}
     while True:
@@ -73,7 +73,7 @@ def place_of(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _kinds_of(annotation: Any) -> dict[str, Any]:
-    """What each tag of a union stands for; nothing for any other type."""
+    """Types of a tagged union by tag; empty for any other annotation."""
     return dict(_tagged(annotation))
 
 
@@ -89,7 +89,7 @@ def _tagged(annotation: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _drop(raw: dict[str, Any], place: list[str]) -> bool:
-    """Takes what stands at a place out of the sections, or the innermost section around it that is there."""
+    """Deletes the value at `place`, or the innermost existing section around it; False if neither exists."""
     for depth in range(len(place), 0, -1):
         here: Any = raw
         for part in place[: depth - 1]:
@@ -138,11 +138,11 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "set runtime.micro_batch to the images that a process forwards at once",
     "mixed_precision": "it is in the launch file, or set runtime.precision",
 }
-"""Keys that other trainers have, and what there is here instead."""
+"""Advice for keys known from other trainers: the setting to use here instead."""
 
 
 def _known_keys(place: list[str]) -> str:
-    """The keys of the section a mistyped key stands in, and the kinds that would know it."""
+    """Advice for an unknown key: the keys of its section, and the kinds that have such a key."""
     homes: dict[str, tuple[type[Section], ...]] = {
         "data": (ShapesData, ShardsData, PointsData), "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
         "g_optim": (AdamSection, SGDSection), "d_optim": (AdamSection, SGDSection),

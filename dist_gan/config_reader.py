@@ -46,27 +46,27 @@ _RESUMABLE_CHANGES = (
 )
 """Settings that a resumed run may have otherwise than it started with."""
 MAX_SHOWN = 50
-"""Mistakes in a report."""
+"""Largest number of mistakes listed in one report."""
 
 
 class Reading(NamedTuple):
-    """Settings as far as they could be read, and everything that is wrong with them."""
+    """Result of reading a configuration: valid settings, and all mistakes."""
 
     config: RunConfig
-    """What is wrong has its default."""
+    """Settings read so far; invalid ones hold their defaults."""
     mistakes: list[str]
-    """A sentence each, beginning with its place."""
+    """One sentence per mistake, beginning with the name of the setting."""
     wrong: list[str]
-    """Places whose values are not the user's."""
+    """Dotted names of the settings that hold their default because the user's value was invalid."""
     source: str
-    """What was read, for the report."""
+    """Name of the source for the report: the path of the file, or `defaults`."""
 
     def is_wrong(self, place: str) -> bool:
-        """Whether a place, or something in or around it, is not as the user wrote it."""
+        """True if the setting, or one inside or around it, was invalid and replaced by its default."""
         return any(_overlap(place, other) for other in self.wrong)
 
     def report(self, more: Sequence[str] = ()) -> UserError | None:
-        """One report of all mistakes and of more that were found elsewhere; None if there are none."""
+        """One error that reports all mistakes, and `more` that were found elsewhere; None if there are none."""
         mistakes = [*self.mistakes, *more]
         if not mistakes:
             return None
@@ -98,7 +98,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world
 
 
 def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int = 1) -> Reading:
-    """Settings and mistakes as in `load_config`, for a report that others have a part in."""
+    """Settings and mistakes as in `load_config`, without raising, so that the report can be extended."""
     raw, mistakes = read_yaml(Path(path)) if path is not None else ({}, [])
     mistakes += apply_overrides(raw, overrides, default_kinds=DEFAULT_KINDS)
     config, invalid = validate(raw)
@@ -113,7 +113,7 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, wor
 def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
     """The local run folder that a configuration names, however wrong the rest of it may be; None if it names none.
 
-    The default is no name: what was never asked for is nobody's to write in.
+    The default folder does not count: nothing is written into a folder that the user has not named.
     """
     raw, _ = read_yaml(Path(path)) if path is not None else ({}, [])
     apply_overrides(raw, overrides, default_kinds=DEFAULT_KINDS)
@@ -139,18 +139,18 @@ def config_hash(config: RunConfig) -> str:
 
 
 def read_written(text: str, *, place: str, needed: str = "") -> tuple[RunConfig, list[str]]:
-    """The settings that some version of the program has written with `to_yaml`, and those that this one does not know.
+    """Settings written by any version's `to_yaml`, and the names of those unknown to this version.
 
-    A setting that an older version did not have gets its default. So does one that this version refuses, if a resumed
-    run may change it or it is not needed.
+    A setting that an older version did not have gets its default. So does a setting that this version refuses, if a
+    resumed run may change it or if it lies outside the section `needed`.
 
     Args:
         text: YAML.
-        place: where it stands, for the error.
-        needed: the one section that matters; all by default.
+        place: name of the source, for the error.
+        needed: the only section whose mistakes are errors; all sections by default.
 
     Raises:
-        UserError: it is no such configuration.
+        UserError: the text is no configuration, or holds a value that this version refuses.
     """
     try:
         raw = parse(text)

@@ -10,11 +10,11 @@ from dist_gan.wording import redact, scheme_of, shown
 KNOBS = (
     "g_lr", "d_lr", "g_beta2", "d_beta2", "r1_gamma", "r2_gamma", "gradient_penalty", "instance_noise", "ema_half_life",
 )  # fmt: skip
-"""Settings that may change while training, as they are logged."""
+"""Names, as logged, of the settings that may change during training."""
 
 
 def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple[str, ...], str]]:
-    """Rules that join fields: the places they read, and the sentence."""
+    """Mistakes across sections: the names of the settings involved, and a sentence."""
     found: list[tuple[tuple[str, ...], str]] = []
     run, data, networks, objective = config.run, config.data, config.networks, config.objective
     batch, micro = run.batch, config.runtime.micro_batch
@@ -157,10 +157,10 @@ def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple
 
 
 def logged_scalars(config: RunConfig) -> tuple[str, ...]:
-    """Names of what is reduced over the ranks and logged when a checkpoint is taken: what `keep_best` may look at.
+    """Names of the scalars reduced over ranks and logged with a checkpoint: the choices of `checkpoint.keep_best`.
 
-    Timing (`time/...`) is of one rank alone, and the modes of the embedded data set (`metric/...`) are counted when the
-    run has ended: no checkpoint has either.
+    No checkpoint has timings (`time/...`), which one rank measures, or the modes of the embedded data set
+    (`metric/...`), which are counted after the run has ended.
     """
     objective = config.objective
     penalties = {

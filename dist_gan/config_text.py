@@ -1,7 +1,7 @@
-"""YAML files and dotted overrides as plain dictionaries, with limits on everything that their text can ask for.
+"""YAML files and dotted overrides as plain dictionaries, with limits on size, depth and number of values.
 
-Only what settings are made of is read: text, numbers, yes and no, sections and lists. Numbers that YAML 1.1 would read
-otherwise than people (1:30 as ninety, 010 as eight, dates) stay text.
+Only text, numbers, booleans, null, mappings and lists are read. Values that YAML 1.1 would read in a surprising way
+(1:30 as ninety, 010 as eight, dates) stay text.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from yaml.constructor import ConstructorError
 from dist_gan.wording import shown, unprintable
 
 MAX_BYTES = 2**18
-"""Of a file."""
+"""Largest size of a configuration file, in bytes."""
 MAX_NODES = 20_000
-"""Values of a file, those counted each time that an anchor repeats them."""
+"""Largest number of values in a configuration file; a value repeated by an alias counts each time."""
 MAX_DEPTH = 16
-"""Sections inside one another."""
+"""Deepest nesting of sections."""
 
 UNFIT = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
-"""What PyYAML raises over text that is no YAML, or none that it can read."""
+"""Exceptions that PyYAML raises for text that is not YAML, or that it cannot read."""
 _CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
 _LONGEST_INT = 300
-"""Digits; a longer one stays text, which no setting takes."""
+"""Largest number of digits of a whole number; a longer one stays text, which no setting accepts."""
 
 
 def _short(tag: str) -> str:
@@ -39,13 +39,13 @@ def _short(tag: str) -> str:
 
 
 def _of_tags(tags: tuple[str, ...]) -> dict[Any, Any]:
-    """What plain text YAML takes for something else, by its first sign, for these tags alone."""
+    """Implicit resolvers of YAML for the given tags only, by the first character of a plain scalar."""
     known = yaml.SafeLoader.yaml_implicit_resolvers.items()
     return {first: [(tag, known_by) for tag, known_by in found if _short(tag) in tags] for first, found in known}
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of the core types, in which a key written twice is a mistake."""
+    """Safe YAML loader for the core types, which refuses duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """A node, once it is known how many values it stands for and how deep they lie."""
+        """Composes a node. Raises ConstructorError if its values, aliases expanded, are too many or too deep."""
         is_alias = self.check_event(yaml.AliasEvent)
         self._level += 1
         self._number += 1
@@ -114,7 +114,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The sections in a file, and what is wrong with it as a whole."""
+    """Content of a YAML file as a dictionary, and mistakes that concern the whole file."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -141,7 +141,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def problem_of(error: Exception) -> str:
-    """What is wrong and where, without the text itself, for a piece of a URL may be a piece of a secret."""
+    """Description and position of a YAML error, without the text itself, which may hold part of a secret."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -150,10 +150,10 @@ def problem_of(error: Exception) -> str:
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text, with keys as text and every section its own.
+    """The value of a YAML text, with keys as text and aliases expanded to separate sections.
 
     Raises:
-        yaml.YAMLError, ValueError and others of PyYAML's: the text is no YAML, or more than it may be.
+        yaml.YAMLError, ValueError and the others in `UNFIT`: the text is not YAML, or exceeds a limit.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES // 1024} KiB of text")
@@ -161,7 +161,7 @@ def parse(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What YAML gave, with keys as text and every section its own: an anchor used twice must not be one section."""
+    """A copy of a YAML value with keys as text, so that two aliases of one anchor are two separate sections."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], *, default_kinds: dict[str, str]) -> list[str]:
-    """Lays the assignments over `raw`, kinds first; returns what is wrong with them."""
+    """Applies dotted assignments to `raw` in place, kinds first; returns the mistakes in them."""
     mistakes = []
     parsed = []
     for text in overrides:

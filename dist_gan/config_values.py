@@ -1,4 +1,4 @@
-"""The values that settings are made of: numbers as people write them, places, and settings that move with the images."""
+"""Types of settings: numbers with units, paths and URLs, and ramps over the images seen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**
 
 
 def parse_number(value: Any) -> Any:
-    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; anything else is handed on as it is."""
+    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; any other value is returned unchanged."""
     if not isinstance(value, str):
         return value
     match = _NUMBER.fullmatch(value.strip())
@@ -51,7 +51,7 @@ def _place(value: str) -> str:
 
 
 def each_folder_once(value: Any) -> Any:
-    """The folders of a mixture, refused where two spellings name the same one."""
+    """Validates the folders of a mixture: raises ValueError if two spellings name the same folder."""
     if isinstance(value, Mapping):
         folders = [normal(key) for key in value if isinstance(key, str)]
         if len(set(folders)) < len(folders):
@@ -60,35 +60,35 @@ def each_folder_once(value: Any) -> Any:
 
 
 MANY = 10**15
-"""Upper limit of whatever is only counted, such as images."""
+"""Upper limit of settings that are only counted, such as images; settings that cost memory have lower limits."""
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[Whole, Field(le=MANY)]
-"""A whole number. What memory is taken for has a lower limit of its own."""
+"""A whole number of at most `MANY`; fields for which memory is allocated set a lower limit."""
 PlaceOrNone = Annotated[str, AfterValidator(_place)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
-"""A URL, or a local path: `~` is expanded, and `file://` taken off."""
+"""A URL, or a local path: `~` is expanded, and `file://` removed."""
 Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, and unknown keys are mistakes."""
+    """Base class of all groups of settings: immutable, with unknown keys as errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Ramp(Section):
-    """A setting that moves with the images seen, then stays."""
+    """A setting that changes with the number of images seen, from `start` to `end`, and then stays constant."""
 
     start: Real
-    """Value until `begin`."""
+    """Value up to `begin` images."""
     end: Real
     """Value from `images` on."""
     images: Annotated[Count, Field(gt=0)]
-    """Images seen when `end` is reached."""
+    """Number of images seen at which `end` is reached."""
     begin: Annotated[Count, Field(ge=0)] = 0
-    """Images seen when the value begins to move."""
+    """Number of images seen at which the value begins to change."""
     shape: Literal["linear", "cosine"] = "linear"
-    """Straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
+    """Interpolation: a straight line, or half a cosine: end + (start - end) (1 + cos(pi t)) / 2."""
 
     @model_validator(mode="after")
     def _moves_forward(self) -> Self:
@@ -102,7 +102,7 @@ def _number_or_ramp(value: Any) -> str:
 
 
 def _within(low: float, below: float) -> AfterValidator:
-    """Refuses a number, or either end of a ramp, outside [low, below)."""
+    """Validator that refuses a number, or either end of a ramp, outside [low, below)."""
 
     def check(value: Any) -> Any:
         for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
@@ -116,6 +116,6 @@ def _within(low: float, below: float) -> AfterValidator:
 
 _NumberOrRamp = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
 Knob = Annotated[_NumberOrRamp, _within(0, math.inf)]
-"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` of such."""
+"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` between such numbers."""
 Decay = Annotated[_NumberOrRamp, _within(0, 1)]
-"""The same, below 1."""
+"""A number from 0 to below 1, or a ramp between such numbers."""

@@ -40,7 +40,7 @@ class GeneratorEMA:
             average.copy_(current)
 
     def table(self) -> dict[str, TensorFacts]:
-        """Of the averaged parameters and buffers."""
+        """Shapes and dtypes of the averaged parameters and buffers."""
         return {name: facts_of(tensor) for name, tensor in self.module.state_dict().items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -48,15 +48,15 @@ class GeneratorEMA:
         return iter(self.module.state_dict().items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave. Raises ValueError where names or shapes are not this network's."""
+        """Restores a state from `tensors`. Raises ValueError if names or shapes are not this network's."""
         check_table("the averaged generator", tensors, self.table())
         self.module.load_state_dict(tensors)
 
     def values(self) -> dict[str, Any]:
-        """Nothing but tensors is kept."""
+        """Empty: all state is in tensors."""
         return {}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Nothing but tensors is kept. Raises ValueError if there are values."""
+        """Accepts an empty state only: all state is in tensors. Raises ValueError if there are values."""
         if values:
             raise ValueError(f"the averaged generator: no values were kept, and {sorted(values)[:5]} are there")

@@ -1,8 +1,8 @@
-"""How one process leaves a run: the outcome first, the word to the other ranks, then one sentence, whatever has broken.
+"""End of a run on one rank: verdict for the other ranks, `outcome.json`, one sentence, exit code; whatever has failed.
 
-Who writes and speaks is decided in the launch's store: the first rank that says why the launch is over. The others leave
-in silence as soon as they hear it. `outcome.json` carries the number of its attempt, and none but that attempt's ranks
-write it.
+The first rank that puts a verdict (`Word`) into the launch's store writes the outcome and prints the sentence; the
+other ranks exit silently once they read the verdict. `outcome.json` carries the number of its attempt, and only ranks
+of that attempt write it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from dist_gan.wording import report, safe
 
 FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
 _RANK_ZERO_FIRST_S = 2.0
-"""What all ranks know alike is for rank 0 to say, which needs a moment more."""
+"""Seconds for which other ranks let rank 0 report an error that all ranks meet; rank 0 may find it a moment later."""
 _OUTCOME_WITHIN_S = 8.0
-"""Rank 0 may need a few seconds to find out who is missing."""
+"""Seconds for which a cut-off rank waits for rank 0's outcome: rank 0 needs a few seconds to find the missing ranks."""
 _SAVED_WITHIN_S, _ASKED_BEFORE_S = 10.0, 30.0
-"""Seconds for a process to stop by itself when its launcher has ended: unasked, and when it had been asked before."""
+"""Seconds for a rank to save and stop after its launcher has ended: without, and with, an earlier stop request."""
 _LOOK_S = 1.0
 
 
 class Ending:
-    """What a process knows that matters when it leaves, and how it does.
+    """Facts that a process needs in order to end, and the ways in which it ends.
 
     Args:
         run_dir: the run's folder; None where it is not known.
@@ -56,7 +56,7 @@ class Ending:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.folder: RunFolder | None = None
-        """On rank 0, once it owns it."""
+        """The run's folder, on rank 0 once it owns it; None otherwise."""
         self.attempt: int | None = None
         self.meeting: Meeting | None = None
         self.runtime: Runtime | None = None
@@ -67,13 +67,12 @@ class Ending:
         self._leaving = threading.Lock()
         self._said: Word | None = None
 
-    # -- as it should ---------------------------------------------------------------------------------------------
+    # -- normal end -----------------------------------------------------------------------------------------------
 
     def well(self, *, images: int, commit: str | None, stopped_by: str | None) -> int:
-        """Leaves after training, on all ranks together; the exit code.
+        """Ends a run that finished or was asked to stop, on all ranks together; returns the exit code.
 
-        A launcher that restarts by itself would restart a run that was asked to stop at once: under such a one it
-        leaves with 0.
+        A launcher with `--max-restarts` would restart a stopped run at once; under such a launcher the code is 0.
         """
         code = FINISHED if stopped_by is None else PREEMPTED
         shown = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
@@ -91,10 +90,10 @@ class Ending:
             self.runtime.close()
         return shown
 
-    # -- otherwise ------------------------------------------------------------------------------------------------
+    # -- failures ------------------------------------------------------------------------------------------------
 
     def badly(self, error: BaseException) -> int:
-        """Leaves because of an error; the exit code."""
+        """Ends the run because of an exception; returns the exit code."""
         match error:
             case Stopped():
                 return self._stopped(str(error))
@@ -110,7 +109,7 @@ class Ending:
                 reason = f"cannot write {error.filename or self.run_dir}: {storage.why(error)}"
                 return self.leave("failed", code=FAILED, reason=reason)
             case RuntimeError() if self.runtime is not None and self.world_size > 1:
-                missing = self.runtime.lost()  # a collective that fails is a consequence, as a rule
+                missing = self.runtime.lost()  # a failed collective is usually the consequence of a lost rank
                 if missing.reason is not None:
                     return self.lost(missing)
         reason = safe(" ".join(f"{type(error).__name__}: {error}".split()))
@@ -121,7 +120,7 @@ class Ending:
         return self.leave("crashed", code=CRASHED, reason=reason, error=error)
 
     def refused_by(self, word: Word) -> int:
-        """Leaves because a rank will not begin; the exit code. Rank 0 says it aloud, for it owns the run's folder."""
+        """Ends a start that a rank has refused; returns the exit code. Rank 0 reports it, since it owns the run's folder."""
         if self.rank != 0:
             self.heard(word)
             return word.code
@@ -129,7 +128,7 @@ class Ending:
         return self.leave(word.outcome, code=word.code, reason=reason)
 
     def asked_twice(self, name: str) -> None:
-        """Leaves because of a second signal, without saving."""
+        """Ends the run because of a second stop signal, without saving."""
         if not self._leaving.locked():
             reason = (
                 f"asked to stop again ({name}): left at once, without saving; start the same command again to resume"
@@ -137,18 +136,18 @@ class Ending:
             self.leave("crashed", code=CRASHED, reason=reason)
 
     def lost(self, missing: Missing) -> int:
-        """Leaves because other ranks are missing, or this one is cut off from them."""
+        """Ends the run because other ranks are missing, or this rank is cut off from them; returns the exit code."""
         reason = f"{missing.reason}; start the same command again to resume"
         if missing.cut_off:
             return self._cut_off(reason)
         return self.leave("crashed", code=CRASHED, reason=reason, missing=missing)
 
     def heard(self, word: Word) -> None:
-        """Leaves because another rank has said that the launch is over."""
+        """Ends this rank because another rank has declared the launch over."""
         if self._leaving.acquire(blocking=False):
             self._hear(word)
         else:
-            time.sleep(4 * STEP_WITHIN_S)  # another thread has begun to leave, and ends the process
+            time.sleep(4 * STEP_WITHIN_S)  # another thread is already ending the process
 
     def leave(
         self,
@@ -160,15 +159,15 @@ class Ending:
         rank_zero_first: bool = False,
         error: BaseException | None = None,
     ) -> int:
-        """Leaves; says why unless another rank has. The exit code.
+        """Ends the run and reports the reason, unless another rank has reported one; returns the exit code.
 
         Args:
-            outcome: for `outcome.json`.
+            outcome: value of `outcome` in `outcome.json`.
             code: exit code.
             reason: one sentence.
-            missing: ranks that will not hear it.
-            rank_zero_first: whether rank 0, too, may be about to say it.
-            error: its traceback is shown before the sentence.
+            missing: ranks that cannot receive the verdict.
+            rank_zero_first: True if rank 0 may be about to report the same.
+            error: exception whose traceback is printed before the sentence.
         """
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
@@ -184,7 +183,7 @@ class Ending:
         return code
 
     def _claim(self, word: Word, *, rank_zero_first: bool) -> Word:
-        """The word that holds; this rank's own if nobody can be asked."""
+        """Publishes a verdict; returns the one in force, which is this rank's own if the store cannot be asked."""
         meeting = self.meeting
         if meeting is None:
             return word
@@ -215,7 +214,7 @@ class Ending:
         self._wait_for_the_others(word)
 
     def _hear(self, word: Word) -> None:
-        """What a rank does that has nothing to say: sees to the outcome if the folder is its own."""
+        """Ends a rank that did not issue the verdict; the owner of the run's folder writes the outcome if it is missing."""
         if self.folder is not None and not word.at_end:
             within(lambda: self._write(word))
         if not word.at_end:
@@ -227,13 +226,13 @@ class Ending:
         self._wait_for_the_others(word)
 
     def _wait_for_the_others(self, word: Word) -> None:
-        """The store may end with rank 0 or its launcher, so rank 0 stays until all who can have heard."""
+        """Keeps rank 0 until all reachable ranks have read the verdict: the store may end with it or its launcher."""
         meeting = self.meeting
         if meeting is not None and self.rank == 0 and not word.at_end:
             within(lambda: meeting.wait_until_heard(word), seconds=2 * STEP_WITHIN_S)
 
     def _cut_off(self, reason: str) -> int:
-        """Leaves without the store; one process of each machine that is cut off says so."""
+        """Ends a rank that cannot reach the store; on each machine only the process of local rank 0 reports it."""
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return CRASHED
@@ -248,7 +247,7 @@ class Ending:
         return CRASHED
 
     def _stopped(self, name: str) -> int:
-        """Leaves because of a signal before training began."""
+        """Ends the run because of a stop signal before training began; returns the exit code."""
         word = self._word_so_far()
         if word is not None:
             return self.leave(word.outcome, code=word.code, reason=word.reason)
@@ -278,7 +277,7 @@ class Ending:
         return outcome_of(self.run_dir, self.attempt) is not None
 
     def _write(self, word: Word) -> None:
-        """Leaves the outcome of this attempt, unless the rank that spoke has."""
+        """Writes the outcome of this attempt, unless the rank that issued the verdict has written it."""
         folder, attempt = self.run_dir, self.attempt
         if folder is None or attempt is None or not (self.folder or is_attempt_of(folder, attempt)):
             if self.rank == 0 and attempt is None and word.outcome == "configuration_wrong":
@@ -313,7 +312,7 @@ class Ending:
     # -- the launcher ---------------------------------------------------------------------------------------------
 
     def watch_launcher(self) -> None:
-        """Ends this process when its launcher has ended, from a thread of its own."""
+        """Starts a thread that ends this process when its launcher has ended."""
         launcher = self._launcher
         if launcher is not None:
             threading.Thread(target=self._watch, args=(launcher,), name="launcher", daemon=True).start()
@@ -324,7 +323,7 @@ class Ending:
                 return
         if self._done.is_set():
             return
-        # One process can save by itself. Several would have to agree, and what they agree over may be gone.
+        # A lone process can save by itself. Several ranks would have to agree, and their store may be gone.
         if self.stop is not None and (self.world_size == 1 or self.stop.requested):
             seconds = _ASKED_BEFORE_S if self.stop.requested else _SAVED_WITHIN_S
             self.stop.ask("the end of its launcher")
@@ -332,7 +331,7 @@ class Ending:
         if self._done.is_set():
             return
         if os.environ.get("GROUP_RANK", "0") == "0":
-            self.meeting = None  # its store has ended with it
+            self.meeting = None  # the first machine's launcher held the store
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             reason = (
                 f"the launcher of {os.uname().nodename} (process {launcher.pid}) has ended without its ranks; start the same "
@@ -344,7 +343,7 @@ class Ending:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def close(self, code: int) -> None:
-        """Gives up what this process holds; ends it at once if other ranks may hold something back."""
+        """Releases the run's folder and the signals; exits at once if waiting for other ranks could block."""
         self._done.set()
         if self.attempt is not None and self.world_size > 1 and self._leaving.locked():
             self.exit(code)
@@ -354,7 +353,7 @@ class Ending:
             self.stop.close()
 
     def exit(self, code: int) -> NoReturn:
-        """Ends the process without waiting for anybody: threads, process groups, what is still to be closed."""
+        """Ends the process at once, without waiting for threads, process groups or open files."""
         if self.folder is not None:
             within(self.folder.close)
         for stream in (sys.stdout, sys.stderr):
@@ -363,5 +362,5 @@ class Ending:
 
 
 def _own_code(word: Word) -> int:
-    """The code of an outcome, whatever code a restarting launcher is shown."""
+    """Exit code recorded in `outcome.json`; a restarting launcher may be given another."""
     return PREEMPTED if word.outcome == "preempted" else word.code

@@ -1,4 +1,4 @@
-"""What the averaged generator makes: grids from fixed latents, and the count of modes of the embedded data set."""
+"""Evaluation of the averaged generator: grids from fixed latents, and mode counts on the embedded data set."""
 
 from __future__ import annotations
 

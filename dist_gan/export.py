@@ -1,7 +1,8 @@
-"""A generator that needs nothing of the run it came from: `model.safetensors` and `config.json` in a folder.
+"""Exported generators, independent of their run: `model.safetensors` and `config.json` in a folder.
 
-What lies in such a folder, or in a checkpoint, may come from anybody. Networks are therefore built without memory first
-(torch's meta device), and their shapes compared with those that the file announces; only then is room made.
+The files of such a folder, or of a checkpoint, may come from an untrusted source. Networks are therefore built without
+memory first (torch's meta device), and their shapes compared with those in the file's header; only then is memory
+allocated.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from dist_gan.types import TensorFacts, UserError, check_table
 FORMAT, VERSION = "dist_gan.generator", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FILE_NAME = re.compile(r"[^.].*\.(?!v\d+$)([A-Za-z][A-Za-z0-9]{0,11}|7z|3gp)")
-"""A name with an extension; not `run-0.5` or `generator.v2`."""
+"""Pattern of a file name with an extension; does not match `run-0.5` or `generator.v2`."""
 
 
 class Averaged(NamedTuple):
-    """An averaged generator, in evaluation mode, on the CPU, and what is known of it."""
+    """An averaged generator, in evaluation mode, on the CPU, with facts about it."""
 
     module: nn.Module
     section: AnyNetworks
     images: int
-    """Images that its run had seen."""
+    """Number of images that its run had seen."""
     class_names: tuple[str, ...] | None
-    """Name of each class; None where there are none, or where they were not recorded."""
+    """Name of each class; None if there are no classes, or if the names were not recorded."""
     notes: tuple[str, ...]
-    """Sentences for whoever asked for it: damaged checkpoints that were passed over, unknown settings."""
+    """Sentences for the user, about damaged checkpoints that were skipped and unknown settings."""
 
 
 def newest_checkpoint(url: str) -> Found:
-    """The checkpoint itself, or the newest undamaged one of a run folder, and what is to be said of newer ones.
+    """The checkpoint at a URL, or the newest undamaged one of a run folder, and the damage found in newer ones.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no usable checkpoint.
         TrainingFailed: the store does not answer.
     """
     names = records.names_in(url, ("manifest.json", COMMIT, ABANDONED))
@@ -67,7 +68,7 @@ def open_generator(url: str) -> Averaged:
     """The averaged generator of a run folder, a checkpoint or an exported generator.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no generator, or it is damaged.
         TrainingFailed: the store does not answer.
     """
     if records.names_in(url, (CONFIG,)):
@@ -91,7 +92,7 @@ def export_generator(url: str, dest: str) -> Averaged:
     """Writes the averaged generator of a run folder or checkpoint into a new folder, and returns it.
 
     Raises:
-        UserError: there is no checkpoint, or the destination holds files already or has the name of a file.
+        UserError: there is no checkpoint, or the destination already holds files or has the name of a file.
         TrainingFailed: the destination cannot be written.
     """
     refuse_file_name(dest, offered="a new folder, into which model.safetensors and config.json are written")
@@ -114,7 +115,8 @@ def export_generator(url: str, dest: str) -> Averaged:
 def load_generator(url: str) -> nn.Module:
     """An exported generator, in evaluation mode, on the CPU: `generator(latents_BZ, labels_B) -> images_BCHW`.
 
-    Its `latent_dim` says how many standard normal numbers a latent has; labels only if it was trained with classes.
+    The attribute `latent_dim` is the length of a latent of standard normal numbers; labels are needed only if the
+    generator was trained with classes.
 
     Raises:
         UserError: the folder holds no exported generator, or its files are damaged.
@@ -127,7 +129,7 @@ def load_generator(url: str) -> nn.Module:
 
 
 def refuse_file_name(dest: str, *, offered: str) -> None:
-    """Raises where a destination looks like a file of a kind that is not written; a `/` at its end says folder."""
+    """Raises UserError if a destination has the name of a file of another kind; a `/` at its end marks a folder."""
     name = dest.rsplit("/", 1)[-1]
     local = storage.local_path(dest)
     if _FILE_NAME.fullmatch(name) and not (local is not None and local.is_dir()):
@@ -169,7 +171,7 @@ def _exported(url: str) -> Averaged:
 
 
 def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, ...]]:
-    """The networks section of an export; keys that only another version knows are left out and named."""
+    """Networks section of an export, and notes that name keys unknown to this version, which are left out."""
     values = dict(facts.record("networks").values)
     try:
         return TypeAdapter(NetworksSection).validate_python(values), ()
@@ -188,19 +190,19 @@ def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, .
 
 
 def _fitting(names: list[str] | None, section: AnyNetworks) -> tuple[str, ...] | None:
-    """Names of the classes, if there are as many as classes."""
+    """Names of the classes; None if their number is not the number of classes."""
     return tuple(names) if names is not None and len(names) == section.classes else None
 
 
 def _room(section: AnyNetworks, announced: Mapping[str, TensorFacts], *, place: str) -> nn.Module:
-    """A generator whose weights are room without values, made once its shapes are known to be those of the file.
+    """A generator with uninitialised weights, allocated after its shapes have been compared with those of the file.
 
     Raises:
-        UserError: they are not.
+        UserError: names or shapes differ.
     """
     problem: Exception | None = None
     try:
-        if getattr(section, "depth", 0) > len(announced):  # even without memory a layer takes time to be made
+        if getattr(section, "depth", 0) > len(announced):  # building a layer takes time even without memory
             raise ValueError(
                 f"{section.kind} of depth {getattr(section, 'depth', 0):,} has more tensors than are there"
             )

@@ -32,18 +32,18 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 2**26
 _OPTIONAL = {"AVIF": ("avif", ("avif",)), "JPEG2000": ("jpg_2000", ("jp2", "j2k"))}
-"""Formats that not every build of Pillow has: its name for the feature, and the endings of such files."""
+"""Formats missing in some builds of Pillow: Pillow's name of the feature, and the file extensions."""
 _BUILT = tuple(name for name, (feature, _) in _OPTIONAL.items() if features.check(feature))
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *_BUILT)
-"""Formats that are opened. Others start programs or fetch files (PostScript, for one), take any bytes for a picture
-(TGA, which has no mark of its own), or hold several pictures of one thing (ICO)."""
+"""Formats that are opened. Other formats start programs or fetch files (such as PostScript), accept any bytes as an
+image (TGA has no signature), or hold one image in several sizes (ICO)."""
 EXTENSIONS = (
     "jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm",
     *(ending for name in _BUILT for ending in _OPTIONAL[name][1]),
 )  # fmt: skip
 """File name endings that are taken for pictures, in lower case."""
 MAX_FILE_BYTES = 2**28 + 2**16
-"""Bytes of a picture file that are read at most: those of `MAX_PIXELS` uncompressed, with transparency, and a header."""
+"""Largest image file, in bytes: `MAX_PIXELS` uncompressed pixels with transparency, and a header."""
 
 _SMALL = 4096
 """Bytes up to which a file is sooner searched than understood."""
@@ -72,7 +72,7 @@ class BadImage(ValueError):
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before it is decoded."""
+    """Facts in the header of a picture, known before it is decoded."""
 
     height: int
     width: int
@@ -93,11 +93,11 @@ def decode(data: bytes | memoryview, *, name: str, out: Pixels | None = None, re
 
     Args:
         data: the file.
-        name: of the picture, for errors.
-        out: place for the pixels of a picture that has its shape, HWC; then it is what is returned.
-        reduce_to: side that the picture is going to be brought to. A JPEG of four times that or more is decoded at as
-            few eighths of its size as give no less than twice the side; the pixels then differ a little from those of
-            the whole picture, averaged.
+        name: name of the picture, for errors.
+        out: buffer for the pixels, HWC; used and returned if the picture has its shape.
+        reduce_to: side, in pixels, to which the picture will be reduced. A JPEG of four times that side or more is
+            decoded at the smallest scale in eighths that gives at least twice the side; the result then differs
+            slightly from that of decoding in full size.
 
     Raises:
         BadImage: not a picture, cut off, damaged, too large, or of a kind that has no rule.
@@ -256,7 +256,7 @@ def _decode_plain_jpeg(
 
 
 def _has_app1(data: bytes | memoryview) -> bool:
-    """Whether a JPEG has a segment that may hold EXIF or XMP; such stand before the picture's own data."""
+    """True if a JPEG has a segment that may hold EXIF or XMP; such segments come before the image data."""
     if len(data) < _SMALL:
         file = bytes(data)
         at = file.find(b"\xe1")  # looking for one byte and at the one before takes half of the time of looking for two
@@ -278,7 +278,7 @@ def _has_app1(data: bytes | memoryview) -> bool:
 
 
 def _is_turned(data: bytes | memoryview) -> bool:
-    """Whether a JPEG with an application segment of kind 1 (EXIF or XMP) may have to be turned."""
+    """True if a JPEG with an application segment of kind 1 (EXIF or XMP) may have to be rotated."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return not image.info.keys().isdisjoint(_ORIENTATION_SOURCES) and _orientation(image) != 1

@@ -1,4 +1,4 @@
-"""What a process can still do on its way out: each thing within a limit of time, and none of them able to stop it."""
+"""Last actions of a process that ends: each has a time limit, and none can prevent the exit."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from dist_gan import terminal
 from dist_gan.wording import report
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What starting again does not mend."""
+"""Error numbers of disk failures that a restart does not cure."""
 STEP_WITHIN_S = 5.0
-"""For each thing to be done on the way out: a store, disk or terminal that does not answer is left to itself."""
+"""Time limit, in seconds, of each last action: a store, disk or terminal that does not answer is abandoned."""
 _STEP_BACK_S = 30.0
-"""A sentence that is to be shown last is dated back by the time it takes to find out who is missing."""
+"""Seconds by which the error file is dated back: torch's launcher shows the earliest failure, and finding the missing
+ranks takes time."""
 
 
 def within(work: Callable[[], object], *, seconds: float = STEP_WITHIN_S) -> None:
-    """Does something in a thread of its own, and goes on without it if it does not end."""
+    """Runs `work` in a thread of its own, ignoring exceptions; returns after `seconds` even if it has not ended."""
 
     def do() -> None:
-        with suppress(Exception):  # on the way out, each thing is tried; what has failed before is what is told
+        with suppress(Exception):  # the reported error is the earlier one
             work()
 
     thread = threading.Thread(target=do, name="ending", daemon=True)
@@ -35,21 +36,21 @@ def within(work: Callable[[], object], *, seconds: float = STEP_WITHIN_S) -> Non
 
 
 def say_last(reason: str, *, launcher_waits: bool) -> None:
-    """Says why a run did not start or did not finish, so that it stands last on the terminal.
+    """Reports why a run did not start or did not finish, as the last message on the terminal.
 
-    torch's launcher ends with a traceback of its own and, under it, what the ranks have left for it; so the sentence is left
-    there. Where no such launcher waits, or it is going to start the ranks again, it is printed.
+    torch's launcher ends with its own traceback, followed by the content of the ranks' error files; so the sentence
+    goes into such a file. It is printed instead if no such launcher waits, or if it is going to restart the ranks.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     is_last = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) >= restarts
     text = "\n" + report(f"dist_gan: {reason}")
-    # It shows the earliest failure last, and of a rank that was killed it knows only the signal.
+    # The launcher shows the earliest failure; of a killed rank it knows only the signal.
     if not (is_last and launcher_waits and write_error_file(text, time.time() - _STEP_BACK_S)):
         terminal.say(reason)
 
 
 def write_error_file(text: str, failed_at: float) -> bool:
-    """Leaves a message where torch's launcher looks for one, in its format; whether it took it."""
+    """Writes a message into the error file of torch's launcher, in its format; False if there is no such file."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return False
@@ -61,9 +62,9 @@ def write_error_file(text: str, failed_at: float) -> bool:
 
 @contextmanager
 def silent_about_full_disks() -> Iterator[None]:
-    """Within it, a thread that cannot write ends without a traceback.
+    """Context in which a thread that fails on a full or read-only disk ends without a traceback.
 
-    TensorBoard's raises the same error in the training thread at the next line it is given, where it is told once.
+    TensorBoard's writer raises the same error in the training thread at the next write, where it is reported.
     """
     before = threading.excepthook
 

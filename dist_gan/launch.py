@@ -24,22 +24,22 @@ from dist_gan.trainer import Run, build, fit
 from dist_gan.types import UserError
 
 _REFUSAL_WITHIN_S = 20.0
-"""A start that is refused before its settings are known waits so long for the other ranks."""
+"""Time limit, in seconds, of waiting for the other ranks when a start is refused before its settings are known."""
 
 
 def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
     """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
 
-    75 says that the run was asked to stop, has saved itself, and wants to be started again. A launcher that restarts
-    by itself (`--max-restarts`) would do so at once, so under such a one a stopped run leaves with 0.
+    Exit code 75 means that the run was asked to stop, has saved a checkpoint, and should be started again. A launcher
+    with `--max-restarts` would restart it at once, so under such a launcher a stopped run exits with 0.
 
-    Rank 0 makes every check that needs no other rank before there is a process group; the others wait for its word in
-    the launch's store, and leave with the same code if it refuses. A rank of several that fails does not return: it
-    leaves its outcome, its word and its sentence, and ends the process.
+    Rank 0 makes every check that needs no other rank before process groups exist; the other ranks wait for its verdict
+    in the launch's store, and exit with the same code if it refuses. In a launch of several ranks, a rank that fails
+    does not return: it writes its outcome, publishes its verdict, prints its sentence, and ends the process.
 
     Args:
         config: every setting.
-        stages: a user's own steps between decoding and batching; docs/data.md has an example.
+        stages: user-defined steps between decoding and batching; docs/data.md has an example.
     """
     with terminal.unbreakable(), silent_about_full_disks():
         ending = Ending(config.run.dir)
@@ -47,9 +47,9 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
         parts: list[Run] = []
         try:
             code = _run(config, ending, stages, parts)
-        except BaseException as error:  # a stage may raise anything, and the other ranks wait
+        except BaseException as error:  # a stage may raise any exception, and the other ranks wait
             code = ending.badly(error)
-        for part in parts:  # of a run that failed
+        for part in parts:  # cleans up after a failed run
             within(part.tracker.close)
             within(part.state.stream.close)
         ending.close(code)
@@ -57,15 +57,15 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
 
 
 def refuse_start(mistake: UserError, run_dir: str | None) -> int:
-    """Refuses a start whose settings cannot be used, on all ranks of the launch; the exit code.
+    """Refuses a start with unusable settings, on all ranks of the launch; returns the exit code.
 
     Args:
-        mistake: what is wrong.
-        run_dir: the run's folder; None where none was named, or nothing was to be started.
+        mistake: error with the report of all mistakes.
+        run_dir: the run's folder; None if the user named none, or if this is a rehearsal.
     """
     with terminal.unbreakable():
         ending = Ending(run_dir)
-        with suppress(NotMet):  # then each rank says it by itself
+        with suppress(NotMet):  # without a store, each rank reports the mistake itself
             ending.meeting = open_meeting(os.environ, patience_s=_REFUSAL_WITHIN_S)
         code = ending.badly(mistake)
         ending.close(code)
@@ -93,7 +93,7 @@ def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list
     ending.runtime = runtime = Runtime(
         config.runtime, launched, meeting=meeting, on_lost=ending.lost, on_over=ending.heard
     )
-    ending.meeting = runtime.meeting  # the first connection is the process groups' from here on
+    ending.meeting = runtime.meeting  # the process groups own the first connection from here on
     _refuse_strangers(config, runtime)
     attempt = runtime.share_json(ending.attempt)
     _refuse_a_private_folder(config, runtime, attempt=attempt)

@@ -1,4 +1,4 @@
-"""The exceptions that end a run with a sentence for the user."""
+"""Exceptions that end a program with one sentence for the user."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dist_gan import wording
 
 
 class _Told(Exception):
-    """An exception whose text is shown to people, and is safe from the moment it is made.
+    """Base class of exceptions shown to users; secrets and control characters are removed from the text on creation.
 
     Args:
-        sentence: one line; a line break in it came from outside and is escaped.
+        sentence: one line; a line break in it is escaped, since it comes from a value from outside.
         more: further lines, shown indented.
     """
 
@@ -21,7 +21,7 @@ class _Told(Exception):
 
 
 class UserError(_Told, ValueError):
-    """A mistake in what the user gave: place, value and remedy in one sentence. Exit code 2."""
+    """A mistake in the user's input: place, value and remedy in one sentence. Exit code 2."""
 
 
 class TrainingFailed(_Told, RuntimeError):

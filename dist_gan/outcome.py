@@ -1,4 +1,4 @@
-"""How an attempt ended, in `outcome.json`: for whoever decides what happens next. It belongs to the attempt that it names."""
+"""The file `outcome.json`: the result of one attempt of a run, for scripts and operators that decide what follows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dist_gan.wording import report
 
 OUTCOME = "outcome.json"
 REFUSED = "DIST_GAN_REFUSED"
-"""Environment variable with the file in which a refused start leaves its outcome, for a batch script to read: it owns no run
-folder to leave it in."""
+"""Environment variable with the path of the file into which a refused start writes its outcome, for a batch script; a
+refused start owns no run folder."""
 _RESERVE = ".reserve"
 _RESERVED_BYTES = 8192
 _LARGEST_BYTES = 2**20
@@ -33,10 +33,10 @@ def write_outcome(
     attempt: int = 0,
     commit: str | None = None,
 ) -> None:
-    """`outcome.json`: how an attempt ended, for whoever decides what happens next.
+    """Writes `outcome.json`: the result of an attempt.
 
     Raises:
-        TrainingFailed: it cannot be written, not even into the room that was reserved for it.
+        TrainingFailed: the file cannot be written, not even into the disk space reserved for it.
     """
     data = _outcome_json(outcome, code=code, images=images, reason=reason, attempt=attempt, commit=commit)
     try:
@@ -49,12 +49,12 @@ def write_outcome(
 
 
 def reserve(folder: Path) -> None:
-    """Keeps room for an outcome, in case the disk becomes full."""
+    """Reserves disk space for `outcome.json`, in case the disk becomes full."""
     storage.publish(str(folder / _RESERVE), os.urandom(_RESERVED_BYTES))
 
 
 def release(folder: Path) -> None:
-    """Gives that room up."""
+    """Releases the disk space reserved for `outcome.json`."""
     with suppress(OSError):
         (folder / _RESERVE).unlink(missing_ok=True)
 
@@ -75,7 +75,7 @@ def _outcome_json(
 
 
 def outcome_of(folder: Path, attempt: int) -> dict[str, Any] | None:
-    """The outcome that an attempt has left; None if it has left none, and whatever other attempts have left."""
+    """The outcome written by the given attempt; None if it wrote none, even if another attempt did."""
     try:
         value = json.loads(records.read(str(folder / OUTCOME), limit=_LARGEST_BYTES))
     except (OSError, ValueError, RecursionError, TrainingFailed):
@@ -84,7 +84,7 @@ def outcome_of(folder: Path, attempt: int) -> dict[str, Any] | None:
 
 
 def newest_commit(folder: Path) -> str | None:
-    """URL of the newest checkpoint that is committed and not abandoned, by its name and marks alone."""
+    """URL of the newest committed and not abandoned checkpoint, found by file names alone; None if there is none."""
     with suppress(OSError, TrainingFailed):
         for entry in checkpoint_format.entries(str(folder / "checkpoints")):
             if entry.is_committed and not entry.is_abandoned:
@@ -93,23 +93,23 @@ def newest_commit(folder: Path) -> str | None:
 
 
 def images_of(commit: str | None) -> int:
-    """Images at which a checkpoint was taken, by its name."""
+    """Number of images seen at a checkpoint, from its name."""
     images = commit.rsplit("-", 1)[-1] if commit else ""
     return int(images) if images.isdecimal() else 0
 
 
 def refuse(folder: Path | None, *, reason: str) -> None:
-    """Leaves the outcome of a start that was refused before it owned a run folder.
+    """Writes the outcome of a start that was refused before it owned a run folder.
 
-    In the file that the environment variable DIST_GAN_REFUSED names, if it does; and in `outcome.json` of the run folder if
-    no run has ever begun there. A folder in which one has keeps that one's outcome: it is still true of it.
+    The outcome goes into the file named by the environment variable DIST_GAN_REFUSED, if it is set, and into
+    `outcome.json` of the run folder if no run has ever begun there. The outcome of an earlier run is not overwritten.
 
     Args:
-        folder: the run's; None where none was named in words that could be read.
-        reason: what is wrong.
+        folder: the run's folder; None if no readable one was given.
+        reason: the mistake, in one sentence.
     """
     data = _outcome_json("configuration_wrong", code=2, reason=reason)
-    with suppress(OSError, TrainingFailed):  # the reason has been printed; what cannot be written cannot hold it too
+    with suppress(OSError, TrainingFailed):  # the reason has been printed already
         if told := os.environ.get(REFUSED):
             storage.publish(told, data)
     with suppress(OSError, TrainingFailed):
@@ -123,7 +123,7 @@ def refuse(folder: Path | None, *, reason: str) -> None:
 
 
 def _nobody_has_run_in(folder: Path) -> bool:
-    """Whether a folder is not there, or holds nothing but what refused starts and a batch script leave."""
+    """True if the folder is absent, or holds only files of refused starts and of a batch script."""
     if not folder.exists():
         return True
     names = {path.name for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""Waiting for a store that does not answer: how long, how often, and the one line that says so."""
+"""Retries for a store that does not answer: time limit, intervals, and the message on stderr."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dist_gan.store_errors import Silent, is_transient, is_unconnected, is_unres
 from dist_gan.wording import safe
 
 _SAID_AGAIN_S = 60.0
-"""A store that comes and goes is told of once in so many seconds."""
+"""Shortest interval, in seconds, between messages about a store that fails repeatedly."""
 
 
 class Patience:
-    """How long a store may stay silent before an operation on it fails, and how often it was asked again.
+    """Time limit for a store that does not answer, with a count of the retries.
 
-    Whoever waits says so on stderr, with the reason: once for all operations that share the patience.
+    Waiting is announced on stderr with its reason, once for all operations that share one `Patience`.
 
     Args:
-        seconds: for one operation, from its first failure on.
-        met: the store has answered before. One whose name cannot be resolved is then waited for; otherwise the name
-            is wrong, and waiting does not mend it.
+        seconds: time limit of one operation, counted from its first failure.
+        met: True if the store has answered before. An unresolved host name is then retried; otherwise the name is
+            taken to be wrong, and the operation fails at once.
     """
 
     def __init__(self, seconds: float, *, met: bool = False) -> None:
@@ -35,23 +35,23 @@ class Patience:
         self._lock = Lock()
 
     def give_up(self) -> None:
-        """Ends all waiting: what fails from now on is not asked for again."""
+        """Ends all waiting; operations that fail from now on are not retried."""
         self._over.set()
 
     def wait(self, number: int, since: float, error: Exception, *, place: str) -> None:
         """Sleeps before try `number` + 1 of an operation that failed first at `since`, or raises its error.
 
-        `place` is what the line on stderr begins with.
+        `place` is the beginning of the message on stderr.
 
-        Waits grow from half a second to ten, each by chance between half and the whole, so that many ranks do not
-        come back at once.
+        Waits grow from half a second to ten seconds, each drawn at random between half and the whole, so that many
+        ranks do not retry at the same moment.
         """
         longest = min(10.0, 0.5 * 2**number)
         if not is_transient(error) or (is_unresolved(error) and not self.met):
             raise error
         if time.monotonic() + longest > since + self.seconds:
             raise Silent(f"the store has not answered for {self.seconds:.0f} s ({reason(error)})") from error
-        # What mends itself within half a second is not worth a line; a closed port seldom does.
+        # A failure that passes within half a second is not announced; a closed port seldom passes so fast.
         if number or is_unconnected(error):
             self._say(place, error)
         self.retries += 1
@@ -64,6 +64,6 @@ class Patience:
             if self._over.is_set() or (self._said_at is not None and now < self._said_at + _SAID_AGAIN_S):
                 return
             self._said_at = now
-        with suppress(OSError, ValueError):  # a terminal that is gone is no reason not to wait
+        with suppress(OSError, ValueError):  # a closed terminal must not end the waiting
             sentence = f"{place}: the store does not answer ({reason(error)}); waiting: it is asked again for up to"
             print(safe(f"{sentence} {self.seconds:.0f} s"), file=sys.stderr, flush=True)

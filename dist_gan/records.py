@@ -1,8 +1,8 @@
-"""The one reader of JSON and JSONL files that the program wrote and reads again, whatever stands in them by now.
+"""Reader of the JSON and JSONL files that the program writes and later reads again, which may be damaged by then.
 
-A full disk leaves half a line, a power cut zeros, a person a folder of that name. Whatever cannot be used becomes
-`Damaged`, with place and reason in one sentence; in a log the odd lines are left out and counted. A store that does not
-answer, and a machine without file handles or memory, have damaged nothing: TrainingFailed.
+A full disk leaves half a line, a power cut leaves zeros, a user may leave a folder of the same name. An unusable file
+raises `Damaged`, with place and reason in one sentence; unusable lines of a log are skipped and counted. A store that
+does not answer, or a machine without file handles or memory, damages nothing and raises TrainingFailed instead.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from dist_gan import storage, store_errors
 from dist_gan.types import TrainingFailed, UserError
 
 LIMIT = 2**26
-"""Bytes of a JSON file that are read at most; the manifest of 100,000 tensors has a third of it."""
+"""Largest size of a JSON file, in bytes; the manifest of 100,000 tensors has a third of it."""
 LINE_LIMIT = 2**20
-"""Bytes of a line of a log."""
+"""Largest length of a line of a log, in bytes."""
 LARGEST = 2**63 - 1
-"""Bound of whole numbers where no smaller one is given."""
+"""Default upper bound of whole numbers."""
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Damaged(UserError):
-    """A file that is there and cannot be used: place and reason in one sentence."""
+    """A file that exists but cannot be used: place and reason in one sentence."""
 
 
 class Record:
-    """A JSON object whose values are taken out with their types.
+    """A JSON object whose values are read with checks of type and range.
 
     Args:
-        values: what the JSON gave.
-        place: file, and place in it, for the sentence.
-        remedy: end of the sentence.
+        values: the parsed JSON value.
+        place: file, and position in it, for error sentences.
+        remedy: end of error sentences.
 
     Raises:
         Damaged: `values` is no JSON object.
@@ -59,7 +59,7 @@ class Record:
         return iter(self.values)
 
     def problem(self, key: str, needed: str) -> Damaged:
-        """The error that a value is not as needed."""
+        """The error for a value that is not as needed."""
         found = _shown(self.values[key]) if key in self.values else "missing"
         return Damaged(f"{self.place} is damaged: {self._path}{key} is {found}, not {needed}{self.remedy}")
 
@@ -85,14 +85,14 @@ class Record:
         return float(value)
 
     def text(self, key: str, *, longest: int = 4096) -> str:
-        """Text of at most `longest` signs."""
+        """Text of at most `longest` characters."""
         value: Any = self.values.get(key)
         if not _is_text(value) or len(value) > longest:
             raise self.problem(key, f"text of at most {longest:,} signs")
         return str(value)
 
     def texts(self, key: str, *, longest: int = 4096) -> list[str]:
-        """A list of texts of at most `longest` signs each."""
+        """A list of texts of at most `longest` characters each."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(_is_text(text) and len(text) <= longest for text in value):
             raise self.problem(key, f"a list of texts of at most {longest:,} signs")
@@ -111,9 +111,9 @@ class Lines(NamedTuple):
     """Contents of a log."""
 
     records: list[Record]
-    """The sound lines, in order."""
+    """Lines that are JSON objects, in order."""
     odd: int
-    """Lines that are no JSON objects."""
+    """Number of lines that are not JSON objects."""
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -121,11 +121,11 @@ class Lines(NamedTuple):
 
 @contextmanager
 def reading(url: str) -> Iterator[None]:
-    """Encloses the reading of a file or folder, and says in the program's own words what a disk or a store says.
+    """Context for reading a file or folder; turns errors of disks and stores into the program's exceptions.
 
     Raises:
-        FileNotFoundError: it is not there; as it came.
-        Damaged: it is there and cannot be read.
+        FileNotFoundError: the file is absent; passed on unchanged.
+        Damaged: the file exists and cannot be read.
         TrainingFailed: the store does not answer, or this machine has no file handles or memory left.
         UserError: the store refuses access.
     """
@@ -152,36 +152,36 @@ def reading(url: str) -> Iterator[None]:
 
 
 def size(url: str) -> int:
-    """Bytes of a file.
+    """Size of a file, in bytes.
 
     Raises:
-        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as in `reading`.
     """
     with reading(url):
         local = storage.local_path(url)
         if local is None:
             return storage.size(url)
         facts = os.stat(local)
-        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would wait without end
+        if not stat.S_ISREG(facts.st_mode):  # reading from a pipe would block for ever
             kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
             raise Damaged(f"{storage.redact(url)} is damaged: it is {kind}")
         return facts.st_size
 
 
 def names_in(url: str, wanted: Collection[str]) -> set[str]:
-    """Those of the names that are in a folder; an absent folder has none.
+    """The subset of `wanted` names that exist in a folder; empty for an absent folder.
 
     Raises:
         Damaged, TrainingFailed, UserError: as `reading` has it.
     """
     with reading(url):
-        if storage.scheme_of(url) in ("http", "https"):  # where a folder may have no listing
+        if storage.scheme_of(url) in ("http", "https"):  # web servers may offer no listing of a folder
             return {name for name in wanted if storage.exists(storage.join(url, name))}
         return set(wanted) & set(storage.list_names(url))
 
 
 def read(url: str, start: int | None = None, end: int | None = None, *, limit: int = LIMIT) -> bytes:
-    """Bytes [start, end) of a file, all of it by default, if it has no more than `limit`.
+    """Bytes [start, end) of a file, by default the whole file; at most `limit` bytes.
 
     Raises:
         FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
@@ -195,16 +195,16 @@ def read(url: str, start: int | None = None, end: int | None = None, *, limit: i
 
 
 def parse(data: bytes, *, place: str) -> Any:
-    """The value of a JSON file, in which no name may stand twice.
+    """The value of a JSON text, in which duplicate keys are errors.
 
     Raises:
-        Damaged: it is none; `place` says which file.
+        Damaged: the text is not JSON; `place` names the file.
     """
     try:
         return json.loads(data, object_pairs_hook=_without_doubles)
     except RecursionError as error:
         raise Damaged(f"{place} is damaged: it is nested too deeply") from error
-    except ValueError as error:  # bad UTF-8 and numbers of thousands of digits among them
+    except ValueError as error:  # includes invalid UTF-8, and numbers of thousands of digits
         raise Damaged(f"{place} is damaged: it is no JSON ({error})") from error
 
 
@@ -231,13 +231,13 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a log with their ends, each in pieces of `LINE_LIMIT` at most: such a piece is an odd line."""
+    """Lines of a log with their line ends; a line longer than `LINE_LIMIT` comes in pieces, which count as unusable."""
     while line := file.readline(LINE_LIMIT):
         yield line
 
 
 def sound_line(line: bytes, *, place: str) -> Record | None:
-    """The record of a line of a log; None for one that a killed process or a full disk has left half."""
+    """The record in a line of a log; None for an unusable line, such as one cut short by a full disk."""
     try:
         return Record(parse(line, place=place), place=place)
     except Damaged:
@@ -245,10 +245,10 @@ def sound_line(line: bytes, *, place: str) -> Record | None:
 
 
 def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
-    """All lines of a log; one that is not there has none.
+    """All lines of a log; an absent log is empty.
 
     Raises:
-        Damaged: it cannot be read, or has more than `limit` bytes.
+        Damaged: the log cannot be read, or is larger than `limit` bytes.
     """
     found, odd = [], 0
     try:
@@ -265,7 +265,7 @@ def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
 
 
 def last_line(url: str) -> Record | None:
-    """The last sound line of a log, looked for in its end; None where there is none.
+    """The last usable line of a log, searched from its end; None if there is none.
 
     Raises:
         Damaged, TrainingFailed, UserError: as `reading` has it.
@@ -281,11 +281,11 @@ def last_line(url: str) -> Record | None:
 
 
 def open_log(path: Path) -> IO[str]:
-    """A log open for further lines; a half line at its end is ended, so that the next one is its own.
+    """Opens a log for appending; an incomplete last line is terminated, so that the next line starts afresh.
 
     Raises:
-        UserError: it is no regular file.
-        TrainingFailed: it cannot be written.
+        UserError: the path is not a regular file.
+        TrainingFailed: the file cannot be written.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"run.dir: {path} is no regular file, and a log has to be written there; move it away")
@@ -301,11 +301,11 @@ def open_log(path: Path) -> IO[str]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line to a log, and waits until the disk has it.
+    """Appends a line to a log, and waits until it is on the disk.
 
     Raises:
-        UserError: it is no regular file.
-        TrainingFailed: it cannot be written.
+        UserError: the path is not a regular file.
+        TrainingFailed: the file cannot be written.
     """
     try:
         with open_log(path) as file:
@@ -324,7 +324,7 @@ def _is_text(value: Any) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no file can be written with
+    except UnicodeEncodeError:  # a lone surrogate, which cannot be encoded
         return False
     return True
 

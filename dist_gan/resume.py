@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest checkpoint, another run's weights, or a healthy checkpoint after a failure."""
+"""Start state of a run: the newest checkpoint, another run's weights, or a healthy checkpoint after a failure."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from dist_gan.state import TrainState
 from dist_gan.types import TrainingFailed, UserError
 
 KEPT_IN_ROLLBACK = ("stream", "recovery")
-"""What a rollback does not take back: the draws go on, and the budget is spent."""
+"""Parts that a rollback does not restore: the data order continues, and the budget of rollbacks stays spent."""
 
 _LEAST_SHARE = 0.5
-"""Share of the weights of a player, counted in numbers; more than it has to fit for a start from other weights."""
+"""Share of a network's parameters, counted in numbers; `run.init_from` needs more than that to fit."""
 
 
 class Resumed(NamedTuple):
-    """What a run begins with."""
+    """Result of resuming: the checkpoint, and notes for the user."""
 
     url: str | None
-    """Checkpoint that it goes on from; None if it begins anew."""
+    """Checkpoint that the run resumes from; None for a new run."""
     notes: tuple[str, ...]
-    """What the person who watches should know: damaged checkpoints that were passed over, weights that did not fit."""
+    """Notes for the user about damaged checkpoints that were skipped and weights that did not fit."""
     finished_rollback: bool
-    """Whether a rollback that was cut off has been done again and has to be committed."""
+    """True if an interrupted rollback has been repeated and has to be committed."""
 
 
 def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> Resumed:
@@ -75,7 +75,7 @@ def _passed_over(found: Found) -> tuple[str, ...]:
 
 
 def _unknown_settings(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sentences about settings in a checkpoint that only another version of the program knows."""
+    """Notes about settings in a checkpoint that are unknown to this version of the program."""
     _, unknown = (
         read_written(manifest["config"], place="the checkpoint's configuration") if "config" in manifest else ((), [])
     )
@@ -91,7 +91,7 @@ def _no_way_back(reason: str, found: Found) -> str:
 
 
 def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[str, ...]:
-    """Why the run will not have the bits of one that was never interrupted: it sums over ranks in another order."""
+    """Note that a resumed run is not bitwise that of an uninterrupted one, if the order of summation has changed."""
     now = checkpointer.order_of_sums
     before = {name: manifest.get(name) for name in now}
     if any(before[name] != now[name] for name in ("world_size", "strategy")):
@@ -100,7 +100,7 @@ def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[
             f"({now['strategy']}) go on: from here on the numbers are those of an unbroken run to rounding, not bit for bit",
         )
     layouts = before["gradient_layout"], now["gradient_layout"]
-    if layouts[0] is None or layouts[0] == layouts[1]:  # checkpoints of earlier versions say nothing of it
+    if layouts[0] is None or layouts[0] == layouts[1]:  # earlier versions did not record the layout
         return ()
     return (
         f"gradients are summed in another order than before ({layouts[0]}, now {layouts[1]}): from here on the numbers are "
@@ -140,14 +140,14 @@ def _go_back(checkpointer: Checkpointer, state: TrainState, url: str, intent: di
 
 
 def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
-    """Takes the weights of another run or of an exported generator, as far as names and shapes fit; says what did.
+    """Loads the weights of another run or of an exported generator, as far as names and shapes fit; returns notes.
 
-    The averaged generator of the source becomes generator and average, so that training goes on from the samples that
-    were seen; the source's own generator is that of one moment. At least one player has to get the larger part of its
-    weights, counted in numbers: a bias or a last layer that happens to fit is no start.
+    The averaged generator of the source becomes both generator and average, so that training continues from the
+    samples that users have seen; the source's raw generator is that of one moment. At least one network has to receive
+    the larger part of its weights, counted in numbers: a bias or a last layer that happens to fit is not enough.
 
     Raises:
-        UserError: there is nothing at the URL, or of neither player the larger part fits.
+        UserError: there is nothing at the URL, or the larger part fits for neither network.
     """
     source, notes = _weights_at(url)
     lines, shares, fitting = [], [], {}
@@ -191,7 +191,7 @@ def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
 
 
 def _weights_at(url: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Weights and buffers by player and name, and what is to be said of the place."""
+    """Weights and buffers at a URL, by `player/name`, and notes about the source."""
     if records.names_in(url, (CONFIG,)):
         exported = open_generator(url)
         return {f"generator/{name}": t for name, t in exported.module.state_dict().items()}, exported.notes

@@ -1,6 +1,6 @@
-"""Retention of checkpoints, and the marks that a rollback leaves beside them. Rank 0 alone.
+"""Retention of checkpoints, and the files by which a rollback marks them. Called on rank 0 only.
 
-Checkpoints are compared by serial, never by name: as text 10000 comes before 9999.
+Checkpoints are compared by serial, never by name: as text, 10000 comes before 9999.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dist_gan.records import Damaged, Record
 from dist_gan.types import UserError
 
 INTENT = "rollback.json"
-"""Beside the checkpoints while a rollback is under way: what a restart has to finish."""
+"""Name of the file beside the checkpoints that describes a rollback in progress, for a restart to finish it."""
 _RESTORE = "; a rollback was under way: restore the file, or delete it to go on from the newest checkpoint"
 
 
 def retire(folder: str, newest: str, section: CheckpointSection) -> None:
-    """Deletes what nobody asked to keep, once the newest is known to be whole; a failure to delete is no failure."""
+    """Deletes checkpoints that the settings do not keep, if the newest is intact; failed deletions are ignored."""
     if form.verify(newest):
         return
     found = list(form.entries(folder))[::-1]
@@ -39,11 +39,11 @@ def retire(folder: str, newest: str, section: CheckpointSection) -> None:
             storage.remove(storage.join(entry.url, form.COMMIT))
             storage.remove_folder(entry.url)
         except OSError:
-            continue  # without COMMIT it is no checkpoint, and the next retention tries again
+            continue  # without COMMIT it is not a checkpoint, and the next retention tries again
 
 
 def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:
-    """The first at or after each multiple of `every` images."""
+    """Names of the first checkpoint at or after each multiple of `every` images."""
     found, last = set(), -1
     for entry in alive if every else ():
         if entry.images // (every or 1) > last:
@@ -53,7 +53,7 @@ def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:
 
 
 def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
-    """The one with the lowest value of a scalar, or with the highest of `-scalar`."""
+    """Name of the checkpoint with the lowest value of the scalar `wanted`, or the highest for `-scalar`."""
     if not wanted:
         return set()
     name, sign = wanted.removeprefix("-"), -1.0 if wanted.startswith("-") else 1.0
@@ -72,16 +72,16 @@ def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
 
 
 def intend_rollback(folder: str, target: str, intent: Mapping[str, Any]) -> None:
-    """Writes down that everything after `target` is abandoned, before anything else of a rollback."""
+    """Records, before any other action of a rollback, that all checkpoints after `target` are abandoned."""
     value = {"target": target.rsplit("/", 1)[-1], **intent}
     storage.publish(storage.join(folder, INTENT), json.dumps(value).encode())
 
 
 def intended_rollback(folder: str) -> dict[str, Any] | None:
-    """The rollback that a killed process has left unfinished.
+    """The note of a rollback left unfinished by a killed process; None if there is none.
 
     Raises:
-        UserError: what is written of it is damaged. Going on without would revive what was abandoned.
+        UserError: the note is damaged. Ignoring it would revive abandoned checkpoints.
         TrainingFailed: the store does not answer.
     """
     try:
@@ -98,7 +98,7 @@ def intended_rollback(folder: str) -> dict[str, Any] | None:
 
 
 def check_complete(intent: dict[str, Any], folder: str) -> None:
-    """Raises Damaged unless a note of a rollback holds all that the rollback needs."""
+    """Raises Damaged unless the note of a rollback holds every entry that the rollback needs."""
     record = Record(intent, place=storage.redact(storage.join(folder, INTENT)), remedy=_RESTORE)
     checkpoint_manifest.check_recovery(record.record("recovery"))
     checkpoint_manifest.check_stream(record.record("stream"))
@@ -123,5 +123,5 @@ def abandon_after(folder: str, target: str) -> None:
 
 
 def end_rollback(folder: str) -> None:
-    """Says that the rollback's own checkpoint has been committed."""
+    """Deletes the note of a rollback, once the rollback's own checkpoint has been committed."""
     storage.remove(storage.join(folder, INTENT))

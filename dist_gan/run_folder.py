@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its logs: who owns the folder, the attempt, the configuration, the outcome."""
+"""Files of a run besides its logs: lock of the folder, number of the attempt, configuration, outcome."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dist_gan.records import Damaged
 from dist_gan.types import TrainingFailed, UserError
 
 ATTEMPTS = "attempts"
-"""How often the run has been started."""
+"""Name of the file with the number of starts of the run."""
 SEEN_WITHIN_S = 15.0
 """A network file system shows a new file within this time."""
 STARTS = "attempts.jsonl"
 """A line for each attempt that began to train, and one for each that ended as it should."""
 LOGS = (STARTS, "metrics.jsonl", "events.jsonl")
-"""Files that lines are added to."""
+"""Names of the log files, to which lines are appended."""
 _FILES = (OUTCOME, ATTEMPTS, "config.yaml", *LOGS)
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
 _MOST_ATTEMPTS = 10**9
@@ -45,7 +45,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._lock = self._claim()
         try:
-            # Until it is known to be ours nothing in it is touched.
+            # Nothing in the folder is touched until this process owns it.
             self._refuse_odd_files()
             self._refuse_other_settings(config)
             self._sign()
@@ -89,7 +89,7 @@ class RunFolder:
             raise UserError(f"run.dir: cannot write in {self.path}: {storage.why(error)}") from error
 
     def _refuse_odd_files(self) -> None:
-        """Raises where a folder or a pipe has the name of a file that has to be written, or a file that of a folder."""
+        """Raises UserError if a folder or a pipe has the name of a file to be written, or a file that of a folder."""
         odd = [name for name in _FILES if (self.path / name).exists() and not (self.path / name).is_file()]
         odd += [name for name in _FOLDERS if (self.path / name).exists() and not (self.path / name).is_dir()]
         if odd:
@@ -97,7 +97,7 @@ class RunFolder:
             raise UserError(f"run.dir: {self.path / odd[0]} is no {kind}; move it away, or choose another run.dir")
 
     def _refuse_other_settings(self, config: RunConfig) -> None:
-        """Compares with the settings in the newest manifest: `config.yaml` may be lost, or be of another start."""
+        """Raises UserError if the newest manifest has other settings; `config.yaml` may be lost or of another start."""
         before = self._settings_of_the_newest()
         changed = differences(before, config) if before is not None else []
         if changed:
@@ -107,14 +107,14 @@ class RunFolder:
             )
 
     def _settings_of_the_newest(self) -> RunConfig | None:
-        """Settings in the newest manifest that can be read; None where nothing has been learned yet."""
+        """Settings in the newest readable manifest; None if there is no checkpoint yet."""
         for entry in checkpoint_format.entries(str(self.path / "checkpoints")):
             if not entry.is_committed or entry.is_abandoned:
                 continue
             try:
                 manifest = checkpoint_format.read_manifest(entry.url)
             except Damaged:
-                continue  # is named when the run looks for where to go on from
+                continue  # reported later, when the run chooses its checkpoint
             if "config" in manifest:
                 return read_written(manifest["config"], place=f"run.dir: the settings in {entry.url}/manifest.json")[0]
         return None
@@ -138,9 +138,9 @@ class RunFolder:
         return attempt
 
     def write_outcome(self, outcome: str, *, code: int, images: int, reason: str, commit: str | None) -> None:
-        """Says how the run ended, atomically and first of all. `commit` is the checkpoint that it would go on from."""
+        """Writes `outcome.json` atomically, before anything else; `commit` is the checkpoint to resume from."""
         write_outcome(self.path, outcome, code=code, images=images, reason=reason, attempt=self.attempt, commit=commit)
-        with suppress(OSError, TrainingFailed):  # the outcome is what counts
+        with suppress(OSError, TrainingFailed):  # the outcome has been written
             note_end(self.path, attempt=self.attempt, outcome=outcome)
 
     def close(self) -> None:
@@ -150,11 +150,11 @@ class RunFolder:
 
 
 def sees_attempt(folder: Path, attempt: int) -> bool:
-    """Whether this process sees the folder in which rank 0 has begun an attempt."""
+    """True if this process sees the folder in which rank 0 has begun an attempt."""
     deadline = time.monotonic() + SEEN_WITHIN_S
     while True:
         with suppress(OSError, Damaged):
-            os.listdir(folder)  # a client of a network file system looks anew
+            os.listdir(folder)  # makes a network file system refresh its cache
             if _attempt_in(folder / ATTEMPTS) == attempt:
                 return True
         if time.monotonic() > deadline:
@@ -163,7 +163,7 @@ def sees_attempt(folder: Path, attempt: int) -> bool:
 
 
 def _attempt_in(counter: Path) -> int:
-    """The number of the last attempt. Raises FileNotFoundError or Damaged."""
+    """Number of the last attempt, from its file. Raises FileNotFoundError or Damaged."""
     digits = re.fullmatch(rb"\s*([0-9]{1,9})\s*", records.read(str(counter), limit=64))
     if digits is None:
         raise Damaged(f"{counter} is damaged: it holds no number")
@@ -171,15 +171,15 @@ def _attempt_in(counter: Path) -> int:
 
 
 class _Start(NamedTuple):
-    """A line of `attempts.jsonl`."""
+    """One line of `attempts.jsonl`."""
 
     attempt: int
     images: int | None
-    """Where the attempt began to train; None where the line says that it ended."""
+    """Number of images seen when the attempt began to train; None in a line about the end of an attempt."""
 
 
 def _read_starts(folder: Path) -> tuple[list[_Start], int]:
-    """The sound lines of `attempts.jsonl`, and the number of odd ones. Raises Damaged where it cannot be read."""
+    """Usable lines of `attempts.jsonl`, and the number of unusable ones. Raises Damaged if it cannot be read."""
     lines = records.read_lines(folder / STARTS)
     found, odd = [], lines.odd
     for line in lines.records:
@@ -219,8 +219,8 @@ def note_end(folder: Path, *, attempt: int, outcome: str) -> None:
 
 
 def is_attempt_of(folder: Path, attempt: int) -> bool:
-    """Whether an attempt is the last one of the run in a folder: nobody but it may leave an outcome there."""
+    """True if `attempt` is the latest attempt in a run folder; only the latest may write the outcome there."""
     with suppress(OSError, UserError, TrainingFailed):
-        os.listdir(folder)  # a client of a network file system looks anew
+        os.listdir(folder)  # makes a network file system refresh its cache
         return _attempt_in(folder / ATTEMPTS) == attempt
     return False

@@ -20,7 +20,7 @@ OFFERED = "a name that ends in .png for a grid, or a folder for single PNGs"
 
 
 def check_destination(dest: str) -> None:
-    """Raises UserError where samples cannot be written under such a name: before a generator is looked for."""
+    """Raises UserError if samples cannot be written to `dest`; called before a generator is opened."""
     if storage.local_path(dest) is None:
         raise UserError(f"{storage.redact(dest)}: samples are written to a disk of this machine; give {OFFERED}")
     if not dest.lower().endswith(".png"):
@@ -28,10 +28,10 @@ def check_destination(dest: str) -> None:
 
 
 def class_of(label: str | int | None, source: Averaged) -> int | None:
-    """Number of a class that is given by number or by name; None for none.
+    """Class number of a label given by number or by name; None for no label.
 
     Raises:
-        UserError: the generator knows no such class.
+        UserError: the generator has no such class.
     """
     if label is None:
         return None
@@ -66,15 +66,15 @@ def write_samples(
     """Writes a grid (`dest` ends in .png) or single PNGs (a folder); yields a line for each thing written.
 
     Args:
-        source: the generator, as `export.open_generator` gives it.
-        dest: file or folder.
-        count: pictures; with `steps`, rows of them.
-        seed: of the latents.
-        label: class of every picture, by number or name; by default a conditional generator goes through its classes.
-        steps: pictures in each row of an interpolation between two latents, 0 for none.
+        source: generator as returned by `export.open_generator`.
+        dest: path of the file or folder.
+        count: number of images; with `steps`, number of rows.
+        seed: random seed of the latents.
+        label: class of every image, by number or name; by default a conditional generator cycles through its classes.
+        steps: images in each row of an interpolation between two latents; 0 for independent samples.
 
     Raises:
-        UserError: there is no such class, or nothing can be written under such a name.
+        UserError: the generator has no such class, or `dest` cannot be written.
     """
     check_destination(dest)
     if count < 1:

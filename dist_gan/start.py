@@ -1,4 +1,4 @@
-"""What a start is given, checked in one report: its place in the launch, settings, networks and data."""
+"""Checks of a start in one report: rank and number of processes, settings, networks and data."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dist_gan.wording import shown
 
 MAX_PROCESSES = 2**20
 MAX_PARAMETERS = 10**10
-"""Of both networks. In fp32 with gradients, Adam's moments and the average these are 200 GB."""
+"""Largest number of parameters of both networks together: 200 GB in fp32 with gradients, Adam's moments and average."""
 
 
 class LaunchPlace(NamedTuple):
-    """Which process of a launch this is."""
+    """Rank of this process, and number of processes of its launch."""
 
     rank: int
     world_size: int
 
 
 def place_in_launch(environment: Mapping[str, str]) -> LaunchPlace:
-    """Rank and number of processes, as a launcher has set them; one process without a launcher.
+    """Rank and number of processes from the launcher's environment variables; rank 0 of 1 without a launcher.
 
     Raises:
-        UserError: a variable is no number, or contradicts another one.
+        UserError: a variable is not a number, or contradicts another one.
     """
     world_size = _number(environment, "WORLD_SIZE", 1, low=1, below=MAX_PROCESSES + 1)
     local_size = _number(environment, "LOCAL_WORLD_SIZE", world_size, low=1, below=world_size + 1)
@@ -49,14 +49,14 @@ def _number(environment: Mapping[str, str], name: str, default: int, *, low: int
 def settings(
     path: str | Path | None, overrides: Sequence[str], *, place: LaunchPlace, is_rehearsal: bool = False
 ) -> RunConfig:
-    """The settings of a run, once they are known to be possible.
+    """The settings of a run, after all checks that are possible before the run begins.
 
     Args:
         path: YAML file, or None for the defaults.
         overrides: dotted assignments.
-        place: of this process in the launch.
-        is_rehearsal: look at the data in any case. A start does so when it has the folder of the run; with mistakes in
-            the settings it does so here, so that they come together.
+        place: rank of this process and number of processes.
+        is_rehearsal: check the data in any case. A real start checks the data once it owns the run's folder; if the
+            settings are wrong, the data are checked here, so that all mistakes are reported together.
 
     Raises:
         UserError: one report of all mistakes.
@@ -72,7 +72,7 @@ def settings(
 
 
 def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
-    """Whether data can be looked at at once; the other ranks of a launch do not wait for a store."""
+    """True if checking the data makes no other rank wait for a store: a lone process, local shards, or no shards."""
     if place.world_size == 1 or not isinstance(config.data, ShardsData):
         return True
     return all(urls.local_path(url) is not None for url in config.data.sources)
@@ -82,9 +82,9 @@ def _data_mistakes(reading: Reading) -> list[str]:
     from dist_gan.data.checks import check_data
 
     if isinstance(reading.config.networks, MLPNetworks):
-        return []  # a rule has said it
+        return []  # already reported by a rule
     mistakes, _ = check_data(reading.config)
-    # What stands in for a setting that is wrong was not written by the user.
+    # A default in place of an invalid setting was not written by the user.
     return [text for text in mistakes if not reading.is_wrong(text.partition(":")[0])]
 
 
@@ -101,7 +101,7 @@ def _size_mistakes(config: RunConfig) -> list[str]:
 
 
 def describe(config: RunConfig, *, world_size: int) -> str:
-    """The resolved settings, the networks' sizes, and what each process would do."""
+    """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
     from dist_gan.models import sizes
 
     generator, discriminator = sizes(config.networks)

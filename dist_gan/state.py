@@ -19,7 +19,7 @@ from dist_gan.types import Stateful, TensorFacts, check_table, facts_of
 
 @dataclass
 class Progress:
-    """How far the run is, and the memory of its objective."""
+    """Progress of the run, and the running statistics of its objective."""
 
     images: int = 0
     """Real images shown to the discriminator, over all ranks."""
@@ -35,7 +35,7 @@ class Progress:
     """The objective's memory."""
 
     def table(self) -> dict[str, TensorFacts]:
-        """Of the objective's memory."""
+        """Shapes and dtypes of the objective's running statistics."""
         return {name: facts_of(tensor) for name, tensor in self.memory.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -43,10 +43,10 @@ class Progress:
         return iter(self.memory.items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave.
+        """Restores a state from `tensors`.
 
         Raises:
-            ValueError: the checkpoint has the memory of another objective.
+            ValueError: the checkpoint has the running statistics of another objective.
         """
         check_table("the objective's memory", tensors, self.table())
         for name, tensor in tensors.items():
@@ -60,10 +60,10 @@ class Progress:
         }  # fmt: skip
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Takes back what `values` gave.
+        """Restores a state from `values`.
 
         Raises:
-            ValueError: they are of other types or ranges.
+            ValueError: a value has another type or range.
         """
         check_progress(Record(values, place="progress"))
         self.images, self.averaged_images = values["images"], values["averaged_images"]
@@ -82,7 +82,7 @@ class _StreamState:
 
     def load_values(self, values: dict[str, Any]) -> None:
         check_stream(Record(values, place="the place in the data"))
-        self._stream.load_values({"damaged": []} | values)  # which the first checkpoints did not have
+        self._stream.load_values({"damaged": []} | values)  # the earliest checkpoints lack this entry
 
     def table(self) -> dict[str, TensorFacts]:
         return {}
@@ -106,7 +106,7 @@ class TrainState:
     recovery: Recovery
 
     def parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds."""
+        """Stateful parts that a checkpoint stores, by name."""
         return {
             "generator": self.generator,
             "discriminator": self.discriminator,

@@ -1,7 +1,7 @@
-"""The only importer of fsspec: bytes by URL, and files that are either whole or not there.
+"""Access to files by URL, and atomic writes; the only module that imports fsspec.
 
-A plain path is a URL of the scheme `file`. Which schemes are allowed is decided in `urls`, before any file system is
-made: fsspec knows schemes that run commands or read other people's machines.
+A plain path is a URL of the scheme `file`. The module `urls` refuses schemes that are not allowed before a file system
+is created: fsspec has schemes that run commands or read other machines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dist_gan.wording import scheme_of as scheme_of
 
 Result = TypeVar("Result")
 PATIENCE_S = 120.0
-"""How long a store may stay silent before an operation on it fails; below every collective's timeout."""
+"""Default time limit, in seconds, for a store that does not answer; below every collective's timeout."""
 CONNECTIONS = 32
 """To one store; botocore's own ten are 200 requests a second at 50 ms each, whatever asks for them."""
 _CLIENT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ _PACKAGES = {
     "s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "azure"), "abfs": ("adlfs", "azure"),
     "http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "hf": ("huggingface_hub", "hf"),
 }  # fmt: skip
-"""Package that a scheme needs, and the extra of this project that brings it."""
+"""Package that each scheme needs, and the extra of this project that installs it."""
 
 
 def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -75,7 +75,7 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"the scheme {scheme_of(url)!r} of {redact(url)!r} needs the package {package}, which is not installed; run: "
             f"pip install {package} (in a checkout: pip install -e '.[{extra}]')"
         ) from error
-    except Exception as error:  # some clients look for credentials and addresses already here
+    except Exception as error:  # some clients look up credentials and addresses on creation
         raise failure(error, f"cannot use {redact(url)}") from error
     return filesystem, path
 
@@ -83,20 +83,20 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def asked(
     url: str, doing: str, operation: Callable[[], Result], patience: Patience | None = None, *, about: str = ""
 ) -> Result:
-    """The result of an operation on a store, tried again while it merely does not answer. A disk is asked once.
+    """The result of an operation on a store, which is retried while the store does not answer. Disks are not retried.
 
     Args:
-        url: of what is asked for.
-        doing: the operation in a word (read, list, write, remove).
-        operation: what is done.
-        patience: shared with other operations; one of its own by default.
-        about: what the sentence of an error says behind the URL.
+        url: URL of the file or folder.
+        doing: name of the operation in one word (read, list, write, remove).
+        operation: called to do the work.
+        patience: time limit shared with other operations; a new one by default.
+        about: text that follows the URL in error sentences.
 
     Raises:
-        OSError: as the operation, on a local disk.
-        FileNotFoundError: the store has no such thing.
-        UserError: the store refuses, or cannot be found under this name.
-        TrainingFailed: it has not answered in time, or failed in another way.
+        OSError: the operation failed on a local disk.
+        FileNotFoundError: the store has no such file or folder.
+        UserError: the store refuses access, or its name cannot be resolved.
+        TrainingFailed: the store has not answered within the time limit, or failed in another way.
     """
     if local_path(url) is not None:
         return operation()
@@ -121,13 +121,13 @@ def asked(
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there. Raises: as `asked`."""
+    """True if a file or folder exists. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     if local_path(url) is not None:
         return bool(filesystem.exists(path))
     filesystem.invalidate_cache()
     try:
-        # Not the clients' own `exists`: some take a store that does not answer for one that has no such file.
+        # Not the clients' own `exists`: some return False if the store does not answer.
         asked(url, "read", lambda: filesystem.info(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -135,13 +135,13 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Bytes of a file. Raises: as `asked`."""
+    """Size of a file, in bytes. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     return int(asked(url, "read", lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """Names of files and folders in a folder, sorted; an absent folder is empty. Raises: as `asked`."""
+    """Names of files and folders in a folder, sorted; an absent folder is empty. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
@@ -152,10 +152,10 @@ def list_names(url: str) -> list[str]:
 
 
 def open_read(url: str) -> BinaryIO:
-    """A file open for reading, with seek and tell; what is read of a store is read with patience.
+    """Opens a file for reading, with seek and tell; reads from a store are retried.
 
     Raises:
-        OSError, FileNotFoundError, UserError, TrainingFailed: as `asked`, here and while it is read.
+        OSError, FileNotFoundError, UserError, TrainingFailed: as in `asked`, here and while reading.
     """
     local = local_path(url)
     if local is not None:
@@ -164,10 +164,10 @@ def open_read(url: str) -> BinaryIO:
 
 
 def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
-    """Bytes of each named file in a folder, None for one that is not there; by one listing where there are listings.
+    """Size of each named file in a folder, in bytes, None for an absent file; by one listing if the store has listings.
 
     Raises:
-        OSError, UserError, TrainingFailed: as `asked`.
+        OSError, UserError, TrainingFailed: as in `asked`.
     """
     if scheme_of(url) in ("http", "https"):
         return {name: _size_or_none(join(url, name)) for name in names}
@@ -191,7 +191,7 @@ def _size_or_none(url: str) -> int | None:
 
 
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a file, all of it by default. Raises: as `asked`."""
+    """Bytes [start, end) of a file, by default the whole file. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     return bytes(asked(url, "read", lambda: filesystem.cat_file(path, start=start, end=end)))
 
@@ -280,7 +280,7 @@ def publish(url: str, data: bytes | memoryview) -> None:
         written = int(asked(url, "write", lambda: filesystem.size(path), patience, about=about))
     except FileNotFoundError as error:
         raise TrainingFailed(f"{place}: it is not there after it was written") from error
-    except UserError as error:  # whoever publishes is in the middle of something that cannot go on
+    except UserError as error:  # writes happen while a program runs, which cannot continue
         raise TrainingFailed(*error.args) from error
     if written != len(data):
         remove(url)
@@ -316,7 +316,7 @@ def _write_through(file: FileIO, data: memoryview) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Makes what was written to a local file, by whoever has it open, survive a power cut; an absent one is no error."""
+    """Flushes a local file to the disk, whichever process wrote it; an absent file is no error."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -351,7 +351,7 @@ def why(error: OSError, *, reading: bool = False) -> str:
 
 
 def remove(url: str) -> None:
-    """Removes a file; one that is not there is no error. Raises: as `asked`."""
+    """Removes a file; an absent file is no error. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     try:
         asked(url, "remove", lambda: filesystem.rm_file(path))
@@ -360,20 +360,20 @@ def remove(url: str) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Removes a folder with all that is in it; one that is not there is no error. Raises: as `asked`."""
+    """Removes a folder and its content; an absent folder is no error. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     try:
         if local_path(url) is not None:
             shutil.rmtree(path)
         else:
-            # fsspec would read the name as a pattern.
+            # fsspec would interpret the name as a glob pattern.
             asked(url, "remove", lambda: filesystem.rm(glob.escape(path), recursive=True))
     except FileNotFoundError:
         return
 
 
 class _StoreFile(io.RawIOBase):
-    """A file in a store as ranges of bytes."""
+    """A file in a store, read by requests for byte ranges."""
 
     def __init__(self, url: str) -> None:
         super().__init__()

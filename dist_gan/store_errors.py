@@ -1,7 +1,7 @@
-"""Failures of object stores: those that may pass, and the words for those that do not.
+"""Failures of object stores: which are worth a retry, and error sentences for the others.
 
-The stores' clients are known by the names of their exceptions only, since any of them may not be installed. What a client
-says itself is never repeated: it may hold a secret.
+Exceptions of the stores' clients are recognised by their names only, since a client need not be installed. Messages of
+clients are never repeated: they may hold a secret.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_CREDENTIALS = (
     "ProfileNotFound", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError", "RefreshError",
     "ClientAuthenticationError", "LocalTokenNotFoundError", "ConfigParseError", "InvalidConfigError", "GatedRepoError",
 )  # fmt: skip
-"""Beside every exception with `Credential` in its name, as those of botocore and google.auth."""
+"""Exceptions for unusable credentials, besides those with `Credential` in their names (botocore, google.auth)."""
 _REFUSED_CODES = (
     "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException", "Forbidden",
     "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity", "InvalidToken", "NotSignedUp",
@@ -36,19 +36,19 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "FilesystemNotFound")
 _PASSES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _LATER = "start the same command again when it does"
 _CHAIN = 12
-"""Causes of an exception that are looked at."""
+"""Largest number of an exception's chained causes that are examined."""
 
 
 class Silent(ConnectionError):
-    """A store that has not answered for as long as it was waited for."""
+    """A store has not answered within the time limit."""
 
 
 def failure(error: Exception, place: str, *, later: str = _LATER) -> UserError | TrainingFailed:
-    """The exception for an operation that a store has failed for good: UserError where it refuses.
+    """The exception for an operation that has finally failed: UserError if the store refuses, TrainingFailed otherwise.
 
     Args:
-        error: as the store's client raised it.
-        place: what could not be done, the beginning of the sentence.
+        error: exception of the store's client.
+        place: description of the operation, the beginning of the sentence.
         later: remedy for a store that did not answer.
     """
     if isinstance(error, UserError | TrainingFailed):
@@ -62,20 +62,20 @@ def failure(error: Exception, place: str, *, later: str = _LATER) -> UserError |
         return UserError(f"{place}: {refused}")
     if isinstance(error, FileNotFoundError):
         return TrainingFailed(f"{place}: it is not there")
-    # What a client says beside its own name may hold a secret.
+    # A client's message may hold a secret; its type does not.
     said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
     return TrainingFailed(f"{place}: {said}")
 
 
 def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
-    """Whether the same request may succeed later: no answer, a broken connection, an overloaded server.
+    """True if the same request may succeed later: no answer, a broken connection, an overloaded server.
 
-    Of the exceptions that caused it `depth` are looked at, for they may go round in a circle.
+    At most `depth` chained causes are examined, since they may form a cycle.
     """
     if not depth:
         return False
     if isinstance(error, _PASSES):
-        # fsspec calls a file absent of whose web server it got no answer.
+        # fsspec reports a file as absent if its web server did not answer.
         cause = error.__cause__
         return (
             cause is not None
@@ -85,7 +85,7 @@ def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
     if isinstance(error, PermissionError) or _lacks_credentials(error) or _tls_fault(error):
         return False
     if isinstance(error, OSError) and error.__cause__ is not None and hasattr(error.__cause__, "response"):
-        return is_transient(error.__cause__, depth=depth - 1)  # s3fs makes an EIO of whatever it does not know
+        return is_transient(error.__cause__, depth=depth - 1)  # s3fs turns every unknown error into an EIO
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
@@ -104,17 +104,17 @@ def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
 
 
 def is_unresolved(error: BaseException) -> bool:
-    """Whether the name of the store's machine is not known: one that never was is a mistake of the user."""
+    """True if the store's host name cannot be resolved; a name that never was resolved is a mistake of the user."""
     return any(isinstance(e, socket.gaierror) for e in _chain(error))
 
 
 def is_unconnected(error: BaseException) -> bool:
-    """Whether nobody answered at all, which seldom passes by itself within a second."""
+    """True if no connection was made (refused, timed out, name not resolved), which seldom passes within a second."""
     return is_unresolved(error) or any(isinstance(e, ConnectionRefusedError | TimeoutError) for e in _chain(error))
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a few words for a pair of brackets."""
+    """Short description of a failure, to be put in parentheses."""
     if is_unresolved(error):
         return f"the name of {_host(error) or 'its machine'} cannot be resolved"
     if any(isinstance(e, ConnectionRefusedError) for e in _chain(error)):
@@ -128,7 +128,7 @@ def reason(error: BaseException) -> str:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why a store refuses for good, with a remedy; None for what may pass and for what it does not have."""
+    """Reason for which a store refuses a request, with a remedy; None for temporary failures and absent files."""
     if is_unresolved(error):
         return (
             f"the name of {_host(error) or 'the store'} cannot be resolved; check the endpoint (AWS_ENDPOINT_URL for s3), "
@@ -148,7 +148,7 @@ def refusal(error: BaseException) -> str | None:
         return (
             f"the bucket is in {_region(error)}; set AWS_DEFAULT_REGION to the bucket's region, and check the endpoint"
         )
-    if isinstance(error, RecursionError):  # botocore follows a bucket that is always elsewhere without end
+    if isinstance(error, RecursionError):  # botocore follows endless redirects of a bucket
         return "the store sends requests round in a circle; check the region in AWS_DEFAULT_REGION and the endpoint"
     if "NoRegionError" in names or "InvalidRegionError" in names:
         return "no usable region is given; set AWS_DEFAULT_REGION to the bucket's"
@@ -178,7 +178,7 @@ def _access(detail: str | None) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what caused it."""
+    """An exception, then its chained causes."""
     found: BaseException | None = error
     for _ in range(_CHAIN):
         if found is None:
@@ -209,7 +209,7 @@ def _answer(error: BaseException) -> dict[str, object]:
 
 
 def _code(error: BaseException) -> str | None:
-    """The code in an answer of S3, or of a client that has the same habit; never more than a word."""
+    """Error code in a response of S3, or of a client with the same convention; a single word, or None."""
     said = _answer(error).get("Error")
     code = said.get("Code") if isinstance(said, dict) else getattr(error, "error_code", None)
     return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else None
@@ -225,7 +225,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _region(error: BaseException) -> str:
-    """The bucket's region if the store gives it away."""
+    """Phrase that names the bucket's region, if the response contains it."""
     for found in _chain(error):
         answer = _answer(found)
         said, facts = answer.get("Error"), answer.get("ResponseMetadata")
@@ -240,7 +240,7 @@ def _region(error: BaseException) -> str:
 
 
 def _host(error: BaseException) -> str | None:
-    """Machine and port that were asked, without what a URL may hold beside them."""
+    """Host and port of the request, without the other parts of its URL; None if unknown."""
     for found in _chain(error):
         host, port = getattr(found, "host", None), getattr(found, "port", None)
         if isinstance(host, str) and re.fullmatch(r"[\w.:-]{1,253}", host):

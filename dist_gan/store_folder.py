@@ -58,7 +58,7 @@ class StoreFolder:
         return sorted(file for file in files if file.name and not file.name.endswith("/"))
 
     def names(self) -> dict[str, int | None]:
-        """What lies directly in the folder: bytes of files, None for folders; an absent folder is empty."""
+        """Direct entries of the folder: size of a file in bytes, None for a folder; an absent folder is empty."""
         found = self._listed(lambda: self._filesystem.ls(self._path, detail=True))
         names = {
             self._inside(info).rstrip("/"): None if info["type"] == "directory" else int(info["size"] or 0)
@@ -146,7 +146,7 @@ class StoreFolder:
 
 
 def is_inside(url: str, folder: str) -> bool:
-    """Whether a URL of a store is that of a folder there or lies below it."""
+    """True if a URL of a store is that of a folder there or lies below it."""
     if storage.local_path(url) is not None or storage.local_path(folder) is not None:
         return False
     (filesystem, path), (other, above) = storage.connect(url), storage.connect(folder)

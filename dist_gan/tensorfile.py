@@ -23,9 +23,9 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
-"""Types by the names that the format has for them."""
+"""Torch dtypes by their names in the safetensors format."""
 HEADER_LIMIT = 2**24
-"""Bytes of a header that are read at most."""
+"""Largest size of a header, in bytes."""
 _MOST_AXES = 16
 _ALIGN = 8
 
@@ -49,25 +49,25 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
 
 
 class Place(NamedTuple):
-    """Entry of a tensor in the header of a file."""
+    """Entry of one tensor in the header of a file: dtype, shape and position."""
 
     facts: TensorFacts
     start: int
-    """First byte, from the file's beginning."""
+    """Position of the first byte of data, from the beginning of the file."""
     end: int
-    """The byte after its last."""
+    """Position after the last byte of data, from the beginning of the file."""
 
 
 def header_bytes(begin: bytes, *, size: int, name: str) -> int:
-    """Bytes that the header of a file takes with the eight in front that say so.
+    """Size of a file's header, in bytes, including the eight bytes in front that hold its length.
 
     Args:
         begin: the first eight bytes of the file, or more.
-        size: bytes of the file.
-        name: of the file, for the error.
+        size: size of the file, in bytes.
+        name: name of the file, for errors.
 
     Raises:
-        ValueError: it has none, or one that is longer than the file or than any can be.
+        ValueError: there is no header, or its length exceeds the file or `HEADER_LIMIT`.
     """
     length = 8 + int.from_bytes(begin[:8], "little")
     if len(begin) < 8 or length > min(size, HEADER_LIMIT):
@@ -76,15 +76,15 @@ def header_bytes(begin: bytes, *, size: int, name: str) -> int:
 
 
 def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
-    """Shape, dtype and place of each tensor of a file, which has to be filled exactly by them.
+    """Shape, dtype and position of each tensor of a file; together the tensors have to fill the file exactly.
 
     Args:
         head: the header with the eight bytes in front, or more.
-        size: bytes of the file.
-        name: of the file, for the error.
+        size: size of the file, in bytes.
+        name: name of the file, for errors.
 
     Raises:
-        ValueError: the header is none, or its tensors do not fill the file.
+        ValueError: the header is invalid, or its tensors do not fill the file exactly.
     """
     length = header_bytes(head, size=size, name=name)
     found: dict[str, Place] = {}
@@ -105,10 +105,10 @@ def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
 
 
 def facts_in(entry: Record) -> TensorFacts:
-    """Shape and dtype, as the header of a file and the manifest of a checkpoint have them.
+    """Shape and dtype in an entry of a tensor file's header or a checkpoint's manifest.
 
     Raises:
-        Damaged: they are of other types.
+        Damaged: the shape or dtype is invalid.
     """
     shape, dtype = entry.wholes("shape"), entry.text("dtype")
     if dtype not in DTYPES:

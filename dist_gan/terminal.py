@@ -1,4 +1,4 @@
-"""Lines for the person who watches: a reader that has left, or a full disk behind it, never ends the program."""
+"""Output to the terminal that cannot fail: a closed pipe, or a full disk behind it, never ends the program."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dist_gan.wording import report
 
 
 class _Unbreakable:
-    """A text stream whose writes cannot fail; everything else is the stream's own."""
+    """Wrapper of a text stream whose writes and flushes never raise; other attributes are those of the stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Length of the text, which is lost if nobody takes it."""
+        """Writes text, or drops it if the stream fails; returns the length of the text."""
         with self._tolerant():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what is buffered, if anybody takes it."""
+        """Flushes the stream; errors of the stream are ignored."""
         with self._tolerant():
             self._stream.flush()
 
@@ -34,9 +34,9 @@ class _Unbreakable:
         try:
             yield
         except ValueError:
-            return  # closed
+            return  # the stream is closed
         except OSError as error:
-            if error.errno == errno.EPIPE:  # for good; what is buffered has to go somewhere when the program ends
+            if error.errno == errno.EPIPE:  # permanent; the buffer has to be written somewhere at exit
                 with suppress(OSError, ValueError):
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, self._stream.fileno())
@@ -48,7 +48,7 @@ class _Unbreakable:
 
 @contextmanager
 def unbreakable() -> Iterator[None]:
-    """Within it, nothing that prints to standard output or error can raise because of it, in whatever library."""
+    """Context in which printing to standard output or error never raises, in any library."""
     before = sys.stdout, sys.stderr
     mine = tuple(s if s is None or isinstance(s, _Unbreakable) else _Unbreakable(s) for s in before)
     sys.stdout, sys.stderr = mine
@@ -63,6 +63,6 @@ def unbreakable() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """The program's own message of a run that did not start or did not finish."""
+    """Prints a message of the program, such as the reason why a run did not start or did not finish."""
     with unbreakable():
         print(report(f"dist_gan: {text}"), flush=True)

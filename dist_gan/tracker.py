@@ -1,4 +1,4 @@
-"""What is seen of a run: TensorBoard, two JSONL files, PNG grids, and one line of progress. Rank 0 alone writes.
+"""Logs of a run: TensorBoard, two JSONL files, PNG grids, and one line of progress. Rank 0 alone writes.
 
 The x axis of everything is images seen.
 """
@@ -122,7 +122,7 @@ class Tracker:
             self.say(f"{images:>12,}/{self._total:,} images  {speed:8.1f} img/s  {facts}  left {_span(left)}")
 
     def say(self, *lines: str) -> None:
-        """A line for the person who watches, and what stands below it."""
+        """Prints a message on the terminal, with further lines below it."""
         if self.enabled:
             tqdm.write(wording.lines(lines), file=sys.stderr)
 
@@ -177,9 +177,9 @@ def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
 
 
 def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
-    """Moves lines later than the checkpoint to a file of their own, so that each point is seen once.
+    """Moves lines later than the checkpoint to a file of their own, so that no point is logged twice.
 
-    Odd lines go there too, whatever made them; returns how many these were.
+    Unusable lines are moved, too; returns their number.
 
     Raises:
         TrainingFailed: the files cannot be read or written.
@@ -193,7 +193,7 @@ def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
         with open(path, "rb") as lines, open(temporary, "wb") as kept, open(aside, "ab") as moved:
             for images, line in zip(places, records.raw_lines(lines), strict=True):
                 (moved if images is None or images > resumed_at else kept).write(line)
-            for file in (kept, moved):  # before the rename, or a power cut leaves an empty file under the name
+            for file in (kept, moved):  # before the rename: a power cut could leave an empty file
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
@@ -206,7 +206,7 @@ def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
 
 
 def _images_of(line: bytes) -> int | None:
-    """Images seen at a line of metrics; None for an odd line."""
+    """Number of images seen in a line of metrics; None for an unusable line."""
     record = records.sound_line(line, place="metrics")
     images = None if record is None else record.values.get("images")
     return images if type(images) is int and images >= 0 else None

@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a run ended that did not fail."""
+    """Result of a run that did not fail."""
 
     images: int
     stopped_by: str | None
@@ -141,14 +141,14 @@ def new_state(
 
 
 def _sources(config: RunConfig) -> list[tuple[Source, int]]:
-    """Folders of shards with their manifests and weights; none where the data are points."""
+    """Sources of the run's images with their mixing weights; empty if the data are points."""
     if isinstance(config.data, PointsData):
         return []
     return [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
 
 
 def _class_names(config: RunConfig, sources: Sequence[tuple[Source, int]]) -> list[str] | None:
-    """Names of the classes, for those who sample later; None without classes, or where folders name them differently."""
+    """Class names, recorded for later sampling; None without classes, or if the folders have different names."""
     names = {source.manifest.classes for source, _ in sources if config.networks.classes}
     found = names.pop() if len(names) == 1 else None
     return None if found is None else list(found)
@@ -224,7 +224,7 @@ def fit(run: Run) -> End:
 
 
 class Clock:
-    """Where the time goes, on this rank."""
+    """Timing of the training loop, on this rank."""
 
     def __init__(self, progress: Progress, stream: Stream) -> None:
         self._progress, self._stream = progress, stream
@@ -232,7 +232,7 @@ class Clock:
         self._steps = 0
 
     def first_step(self) -> bool:
-        """Whether the step just done was the first of this process."""
+        """True if the latest step was the first of this process."""
         self._steps += 1
         return self._steps == 1
 
@@ -253,7 +253,7 @@ class Clock:
 
 
 def _due(before: int, now: int, every: int, total: int) -> bool:
-    """Whether an interval ended in this step, or the run does."""
+    """True if an interval ended in this step, or the run did."""
     return before // every != now // every or now >= total
 
 

@@ -1,4 +1,4 @@
-"""The values that rooms hand to one another; the exceptions that end a run are in `mistakes`.
+"""Value types that modules exchange; exceptions that end a run are in `mistakes`.
 
 Shape legend, used as a suffix on tensor names: B batch, C channels, H height, W width, Z latent, K classes, N flat.
 Images are float in [-1, 1] once the stream has put them on the device; they travel as uint8.
@@ -20,7 +20,7 @@ Scalars = dict[str, float]
 """Numbers that have been reduced: equal on every rank."""
 
 Network = Callable[..., Tensor]
-"""What a turn yields: `G(latents_BZ, labels_B) -> images_BCHW`, `D(images_BCHW, labels_B) -> logits_B`."""
+"""Network of a player in its turn: `G(latents_BZ, labels_B) -> images_BCHW`, `D(images_BCHW, labels_B) -> logits_B`."""
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What an objective hands back."""
+    """Result of an objective: the loss, and scalars for the log."""
 
     total: Tensor
     """Scalar to be minimised by the active player."""
@@ -71,7 +71,7 @@ class Networks(NamedTuple):
 
 
 class TensorFacts(NamedTuple):
-    """What is known of a tensor without having it."""
+    """Shape and dtype of a tensor, without its data."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -91,11 +91,11 @@ class Stateful(Protocol):
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Its tensors, whole, one after another; each may be gone once the next is asked for. Collective."""
+        """Unsharded tensors by name, one at a time; each may be freed once the next is requested. Collective."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Restores a state from the tensors that `tensors` yielded."""
         ...
 
     def values(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Stateful(Protocol):
         ...
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Takes back what `values` gave."""
+        """Restores a state from the JSON values that `values` returned."""
         ...
 
 
@@ -125,10 +125,10 @@ def facts_of(tensor: Tensor) -> TensorFacts:
 def check_table(
     owner: str, tensors: Mapping[str, Tensor] | Mapping[str, TensorFacts], table: Mapping[str, TensorFacts]
 ) -> None:
-    """Compares names and shapes of tensors that come from outside with those that are expected.
+    """Compares names and shapes of tensors from a file with those that are expected.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape differs; `owner` says whose tensors they are.
+        ValueError: a name is missing or unknown, or a shape differs; `owner` names the owner of the tensors.
     """
     missing, unknown = sorted(table.keys() - tensors.keys()), sorted(tensors.keys() - table.keys())
     if missing or unknown:

@@ -1,4 +1,4 @@
-"""URLs and paths as text: which schemes are allowed, and one spelling for every local path. Nothing is opened here."""
+"""URLs and paths as text: check of allowed schemes, and normal spelling of local paths. No file is opened here."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FILE = re.compile(r"file:(//)?", re.IGNORECASE)
 
 
 def normal(url: str) -> str:
-    """The URL itself, or a local path in its plain spelling: without `file://` or `file://localhost`, `~` expanded.
+    """A store's URL unchanged, or a local path in normal spelling: no `file://` or `file://localhost`, `~` expanded.
 
-    Percent signs are signs of the path; a relative path stays relative.
+    Percent signs are part of the path and are not decoded; a relative path stays relative.
     """
     if scheme_of(url) != "file":
         return url
@@ -33,11 +33,11 @@ def normal(url: str) -> str:
 
 
 def check_url(url: str, *, place: str) -> str:
-    """The URL itself if its scheme is allowed.
+    """Returns the URL if its scheme is allowed.
 
     Raises:
-        UserError: the scheme is not on the list, or the URL holds a secret or signs that do not print; `place` says
-            where the URL came from.
+        UserError: the scheme is not allowed, or the URL holds a secret or unprintable characters; `place` names the
+            source of the URL.
     """
     scheme = scheme_of(url)
     if unprintable(url):
@@ -58,10 +58,10 @@ def check_url(url: str, *, place: str) -> str:
 
 
 def place_of(url: str, *, place: str) -> str:
-    """An allowed URL, or a local path in its plain spelling.
+    """Returns an allowed URL, or a local path in normal spelling.
 
     Raises:
-        UserError: as `check_url`, or there is nothing at all.
+        UserError: as in `check_url`, or the text is empty.
     """
     found = normal(check_url(url, place=place))
     if not found:
@@ -70,10 +70,10 @@ def place_of(url: str, *, place: str) -> str:
 
 
 def local_place_of(url: str, *, place: str) -> str:
-    """A local path in its plain spelling.
+    """Returns a local path in normal spelling.
 
     Raises:
-        UserError: it is a URL of a store.
+        UserError: the text is a URL of a store.
     """
     found = place_of(url, place=place)
     if scheme_of(found) != "file":
@@ -82,10 +82,10 @@ def local_place_of(url: str, *, place: str) -> str:
 
 
 def join(url: str, *names: str) -> str:
-    """URL of a name inside a folder URL."""
+    """URL of a file or subfolder in the folder at a URL."""
     return posixpath.join(url.rstrip("/") or "/", *names)
 
 
 def local_path(url: str) -> Path | None:
-    """The path of a `file` URL, None for any other store."""
+    """Path of a local file or folder; None for a URL of a store."""
     return Path(normal(url)) if scheme_of(url) == "file" else None

@@ -1,7 +1,7 @@
-"""Text that came from outside, made fit to be printed: no secret of a URL, no sign that a terminal or a log obeys.
+"""Sanitised text for terminals and logs: without secrets in URLs, and without control characters.
 
-Everything that is printed or kept goes through `safe` (one line) or `report` (several lines). The exceptions for users
-do so when they are made, the tracker, the command line and `outcome.json` when they write.
+All text that is printed or stored passes through `safe` (one line) or `report` (several lines). Exceptions for users
+call them on creation; the tracker, the command line and `outcome.json` call them on writing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 _SCHEME = re.compile(r"(pipe|data|file):(?://)?|([^/:]+)://", re.IGNORECASE)
 _KNOWN = "file|memory|s3|s3a|s3n|gs|gcs|az|abfs|abfss|adl|https?|hf|ftp|sftp|ssh|git|github|webdav|hdfs"
 _START = re.compile(
-    r"(?<![^\W_])pipe:(?!\.\.\.)"  # webdataset's command, which runs to the end
+    r"(?<![^\W_])pipe:(?!\.\.\.)"  # webdataset's command, up to the end of the text
     r"|(?<![^\W_])data:(?=[^\s'\".])"
     r"|[\w+.\-]*:/+"  # a scheme, with one slash or more
     rf"|(?<![^\W_])(?:{_KNOWN}):(?=[^\s'\"])"  # a scheme without any
@@ -27,26 +27,26 @@ _START = re.compile(
 )
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CHAIN = re.compile(r"(?:\w+::)+")
-"""File systems laid over the URL, as fsspec writes them."""
+"""Chained file systems before a URL, in fsspec's notation (`filecache::`)."""
 _OPENED = re.compile(r"(['\"`])(?:[\w.\-]+=)?$")
-"""A quotation mark before the URL, with the key of an override between them or not."""
+"""Quotation mark before a URL, with an optional key of an override in between."""
 _CLOSING = re.compile(r"[\])}>,;:.'\"`!]*$")
 _AUTHORITY_START = re.compile(r"(pipe|data):|(?:[^/:]*:)?/{2,}|[^/:]*:/?", re.IGNORECASE)
 _PORT = re.compile(r"(?:localhost|[^/?#:@]*\.[^/?#:@]*|\[[0-9a-fA-F:.]*\]):\d{1,5}(?:[/?#]|$)")
-"""A host that looks like one with its port: what stands behind the colon is no secret."""
+"""Host with a port, so that the text after the colon is not a secret."""
 _USER = re.compile(r"^[^/?#]*@")
 _INNER = re.compile(r":/|(?<!/)//")
 
 
 TRACEBACK = "DIST_GAN_TRACEBACK"
-"""Environment variable that shows where in the program an error came from, if it is neither empty nor 0."""
+"""Environment variable that turns on tracebacks of unforeseen errors, if it is neither empty nor 0."""
 
 
 def safe(text: object) -> str:
-    """The text on one line, without secrets of URLs and with all that does not print written as an escape.
+    """The text on one line, without secrets in URLs, and with unprintable characters as escapes.
 
-    Safe text stays as it is. Secrets of a URL are its user part, query and fragment, and the command of `pipe:`. A URL
-    ends at a blank, or at the quotation mark that it began with.
+    Safe text is returned unchanged. Secrets of a URL are its user part, query and fragment, and the command of `pipe:`.
+    A URL ends at a blank, or at the quotation mark before it.
     """
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     parts: list[str] = []
@@ -60,29 +60,29 @@ def safe(text: object) -> str:
 
 
 def report(text: str) -> str:
-    """Text of several lines, each safe; none after the first can begin like a message of the program."""
+    """Text of several lines, each safe; lines after the first cannot be mistaken for messages of the program."""
     return lines(text.split("\n"))
 
 
 def lines(parts: Iterable[object]) -> str:
-    """Lines of one message, each safe; those after the first stand indented."""
+    """One message of several lines, each safe; lines after the first are indented."""
     first, *rest = (safe(part) for part in parts)
     return "\n".join([first, *(line if line[:1] in ("", " ") else f"  {line}" for line in rest)])
 
 
 def unprintable(text: str) -> bool:
-    """Whether a name holds control characters, line breaks, changes of direction or halves of a sign."""
+    """True if a name holds control characters, line breaks, bidirectional controls or lone surrogates."""
     return _UNPRINTABLE.search(text) is not None
 
 
 def shown(value: object, *, limit: int = 200) -> str:
-    """A value as in a message: safe, and no longer than `limit`."""
+    """A value as text for a message: safe, and at most `limit` characters long."""
     text = safe(repr(value))
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def safe_values(value: Any) -> Any:
-    """JSON values, with the text in them safe."""
+    """A copy of a JSON value in which all texts are safe."""
     if isinstance(value, str):
         return safe(value)
     if isinstance(value, dict):
@@ -93,7 +93,7 @@ def safe_values(value: Any) -> Any:
 
 
 def last_resort(error: BaseException) -> str:
-    """One sentence for an error that nobody has expected, and its traceback where that is asked for."""
+    """One sentence for an unforeseen error, with its traceback if DIST_GAN_TRACEBACK is set."""
     text = safe(f"{type(error).__name__}: {error}")
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
@@ -101,7 +101,7 @@ def last_resort(error: BaseException) -> str:
 
 
 def print_anything() -> None:
-    """Lets the standard output take signs that its encoding lacks, as escapes; printing must not end a run."""
+    """Makes standard output write characters that its encoding lacks as escapes, so that printing does not raise."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -113,7 +113,7 @@ def scheme_of(url: str) -> str:
 
 
 def redact(url: str) -> str:
-    """The URL without what may be a secret: user part, query, fragment, a pipe's command. A path is left as it is."""
+    """The URL without possible secrets: user part, query, fragment, a pipe's command. A path is returned unchanged."""
     chain = _CHAIN.match(url)
     begin = chain.end() if chain else 0
     return url[:begin] + _redacted(url[begin:]) if _START.match(url, begin) else url
@@ -128,7 +128,7 @@ def _end_of_url(text: str, begin: int, match: re.Match[str]) -> int:
             if _CLOSING.match(text, at, end):
                 return at
             if not has_blanks:
-                return end  # the mark belongs to the URL
+                return end  # the quotation mark belongs to the URL
         at += 2 if text[at] == "\\" else 1
     return len(text) if has_blanks else _next_blank(text, match.end())
 
@@ -139,7 +139,7 @@ def _next_blank(text: str, at: int) -> int:
 
 
 def _shown(url: str) -> str:
-    """A URL inside a text: what closes a bracket or sentence behind it is kept."""
+    """A URL inside a text, redacted; closing brackets and punctuation after it are kept."""
     clean = _redacted(url)
     if clean == url:
         return url
@@ -156,17 +156,17 @@ def _redacted(url: str) -> str:
         return f"{start[1].lower()}:..."
     scheme, rest = start[0].partition(":")[0].lower(), url[start.end() :]
     if scheme in ("file", "memory") and not rest.partition("/")[0].count("@"):
-        # A path, in which any sign may stand; in a text without blanks a URL may follow it.
+        # A path may hold any character; in a text without blanks a URL may follow it.
         return start[0] + safe(rest) if _INNER.search(rest) else url
     if not _PORT.match(rest) and not rest.startswith("["):
         user, colon, _ = rest.partition(":")
-        if colon and "@" in rest[len(user) :]:  # up to the last @, for a secret may hold any sign
+        if colon and "@" in rest[len(user) :]:  # up to the last @, since a secret may hold any character
             secret, _, rest = rest.rpartition("@")
             if re.search("[?#]", secret):
-                return start[0] + "..."  # where the last @ may be in the query
+                return start[0] + "..."  # the last @ may be in the query
     port = re.split("[/?#]", rest, maxsplit=1)[0].partition(":")[2] if "//" in start[0] and rest[:1] != "[" else ""
     if _CLOSING.sub("", port).strip("0123456789"):
-        return start[0] + "..."  # the @ is missing, or was cut off
-    if scheme != "abfs":  # there it is the container that stands before the @
+        return start[0] + "..."  # the @ is missing or was cut off
+    if scheme != "abfs":  # in abfs the container stands before the @
         rest = _USER.sub("", rest)
     return start[0] + re.split("[?#]", rest, maxsplit=1)[0]

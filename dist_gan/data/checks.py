@@ -1,4 +1,4 @@
-"""Shards against the settings of a run, before anything is started."""
+"""Checks of the shards against the settings of a run, before the run starts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dist_gan.types import TrainingFailed, UserError
 
 
 def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
-    """What is wrong with the shards of a run, and what is worth knowing of them.
+    """Mistakes in the shards of a run, and notes about them.
 
-    Every folder is looked at, so that one report has all mistakes: no manifest, shards that are not as it says, networks
-    of another size or number of channels or classes. Data that the program makes itself have none.
+    Every folder is checked, so that one report has all mistakes: a missing manifest, shards that differ from it,
+    networks of another resolution or number of channels or classes. Data made by the program itself have no mistakes.
     """
     mistakes: list[str] = []
     notes: list[str] = []

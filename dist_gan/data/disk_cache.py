@@ -1,15 +1,15 @@
-"""What was read from a store, kept on a local disk for the next pass and for the other processes of the machine.
+"""Cache of reads from a store, on a local disk, for the next pass and for the other processes of the machine.
 
     FOLDER/3f/3fa9...            one read, named by the hash of URL, version of the object, and range
-    FOLDER/.bytes                what all of them take together; locked while it is changed
+    FOLDER/.bytes                total bytes of all of them; locked while it is changed
 
-A file appears whole, by a rename, or not at all; one of the wrong size counts as absent. Whoever finds the folder over
-its limit deletes what was not used for longest. A process that dies leaves at most a temporary file, which the next
-clearing removes.
+A file appears complete, by a rename, or not at all; one of the wrong size counts as absent. A process that finds the
+folder over its limit deletes the least recently used files. A process that dies leaves at most a temporary file, which
+the next clearing removes.
 
-The folder may be one that others write to. Then a folder below it is used that is this user's alone, for whoever can
-change the cache can change what is trained on. No link is followed, and nothing is deleted that the cache has not made.
-After the start nothing here raises: whatever is odd in the folder costs speed only.
+If other users can write to the folder, a subfolder that only this user can write is used instead, since changes to the
+cache would change the training data. No link is followed, and only files made by the cache are deleted. After the start
+the cache raises no errors: problems in the folder only cost speed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from dist_gan.types import UserError
 
 _BYTES = ".bytes"
 _FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]{64}", r"[0-9a-f]+\.tmp"))
-"""Names of what the cache makes."""
+"""Patterns of the names of folders, cached reads and temporary files made by the cache."""
 _DIGITS = 20
-"""Of the longest number that the count can be."""
+"""Largest number of digits of the total in `.bytes`."""
 _FORGOTTEN_S = 600.0
 """Age from which a temporary file has no writer any more."""
 _ROOM = 0.1
@@ -75,7 +75,7 @@ class DiskCache:
             ) from error
 
     def get(self, name: str, *, size: int) -> bytes | None:
-        """What was put under a name, if it is there and has the size."""
+        """Bytes cached under a name; None if there are none of the expected size."""
         try:
             handle = _opened(self._path(name), os.O_RDONLY)
         except OSError:
@@ -137,7 +137,7 @@ class DiskCache:
         for file in files:
             if count.total <= limit:
                 return
-            with suppress(OSError):  # what cannot be deleted goes on counting
+            with suppress(OSError):  # a file that cannot be deleted still counts
                 os.unlink(file.path)
                 count.total -= file.bytes
 
@@ -178,7 +178,7 @@ class _Count:
 
 
 def _opened(path: Path, flags: int) -> int:
-    """A regular file of this user; never the target of a link, and never waiting as at a pipe."""
+    """Opens a regular file of this user; never follows a link, and never blocks, as a pipe would."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     facts = os.fstat(handle)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
@@ -188,12 +188,12 @@ def _opened(path: Path, flags: int) -> int:
 
 
 def _is_ours(facts: os.stat_result) -> bool:
-    """Whether a folder is this user's, and nobody else can change what is in it."""
+    """True if a folder belongs to this user, and no other user can write to it."""
     return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OTHERS_MAY_WRITE
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file, 0 where there is none."""
+    """Size of a regular file, in bytes; 0 if there is none."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _size(path: Path) -> int:
 
 
 def _remove_if_odd(path: Path) -> None:
-    """Makes room for a file where something else stands that the cache has not made: a link, a pipe, an empty folder."""
+    """Removes a link, a pipe or an empty folder that stands at the path of a file of the cache."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:

@@ -25,9 +25,9 @@ from dist_gan.types import UserError
 
 class _Indexed(NamedTuple):
     shard: Shard | None
-    """Without labels: their numbers are known when all shards are."""
+    """The shard without labels: class numbers are known only after all shards have been read. None if unusable."""
     labels: tuple[Label, ...]
-    """Of each image, or none of any."""
+    """Label of each image; empty if the shard has no labels."""
     sizes: Counter[tuple[int, int]]
     channels: Counter[int]
     passed_over: Counter[str]
@@ -45,7 +45,7 @@ class _Expected(NamedTuple):
 
 
 _FROM_JSON = "dist-gan index with labels from "
-"""How the origin begins where a `.cls` says nothing about the labels."""
+"""Beginning of `origin` in the manifest if the labels do not come from `.cls` members."""
 
 
 def index(
@@ -57,22 +57,22 @@ def index(
     progress: bool | None = None,
     say: Callable[[str], None] = say_on_stderr,
 ) -> Manifest:
-    """Writes a manifest for the `*.tar` in a folder, which stay as they are, and returns it.
+    """Writes a manifest for the `*.tar` files in a folder, without changing them, and returns it.
 
     Every sample is a member `<key>.<jpg|jpeg|png|webp|bmp>` with a label in `<key>.cls` (a number), or in
     `<key>.json` under `label_key` (a number, or a name: sorted names become classes 0, 1, ...); all samples have a label
-    or none. Other members are passed over and counted.
+    or none. Other members are skipped and counted.
 
     Args:
         url: folder of the shards, a path or a URL.
         label_key: key of the label in each sample's `.json`; None takes `.cls`.
-        force: replaces a manifest that is there.
-        workers: processes; None for one a core.
-        progress: a bar on the terminal; None shows one only where there is a terminal.
-        say: takes sentences for the user.
+        force: replaces an existing manifest.
+        workers: number of processes; None for one per core.
+        progress: shows a progress bar; None shows one only on a terminal.
+        say: called with messages for the user.
 
     Raises:
-        UserError: no shards, a damaged one, bad images or labels (all together, the first ten are shown).
+        UserError: no shards, damaged shards, bad images or labels (one report of all, which shows the first ten).
         TrainingFailed: the manifest cannot be written.
     """
     shown = storage.redact(url)

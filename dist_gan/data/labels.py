@@ -1,4 +1,4 @@
-"""Labels as others write them, in `.cls`, `.json` and `dataset.json`: numbers, or names; and the classes that these make."""
+"""Labels in `.cls`, `.json` and `dataset.json` files, as numbers or names, and the classes that result from them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 MAX_CLASSES = 2**20
 LABEL_BYTES = 2**20
-"""Bytes of a file that holds the label of one image."""
+"""Largest size of a file with the label of one image, in bytes."""
 _LONGEST_NAME = 200
 _LONGEST_NUMBER = 15
 _MANY = 1000
-"""Classes from which on they are compared with the number of images: captions are no classes."""
+"""Number of classes from which on it is compared with the number of images, since captions are not classes."""
 
 Label = int | str
-"""Number of a class, or its name."""
+"""A class, by number or by name."""
 
 
 class BadLabel(ValueError):
-    """A label that cannot be used: what is wrong with it."""
+    """An unusable label; the text names the mistake."""
 
 
 def from_cls(data: bytes) -> int:
     """The number in a `.cls` file.
 
     Raises:
-        BadLabel: it holds no number of a class.
+        BadLabel: the file holds no class number.
     """
     label = parse_cls(data)
     mistake = not_a_class(label)
@@ -38,16 +38,16 @@ def from_cls(data: bytes) -> int:
 
 
 def parse_cls(data: bytes) -> int | None:
-    """The number in a `.cls` file; None if it is not a whole number from 0 on."""
+    """The number in a `.cls` file; None if it is not a non-negative whole number."""
     text = data.strip()
     return int(text) if text.isdigit() and len(text) <= _LONGEST_NUMBER else None
 
 
 def from_json(data: bytes, key: str) -> Label:
-    """What the `.json` of an image holds under a key: the number of its class, or the name.
+    """The class, by number or name, under a key of an image's `.json` file.
 
     Raises:
-        BadLabel: it holds neither.
+        BadLabel: the value is neither.
     """
     try:
         content = parse_json(data)
@@ -72,10 +72,10 @@ def from_json(data: bytes, key: str) -> Label:
 
 
 def classes_of(labels: Collection[Label]) -> tuple[tuple[str, ...], dict[Label, int]]:
-    """Names of the classes, and the number of each label. Texts that are numbers are numbers, other texts are sorted.
+    """Names of the classes, and the class number of each label. Numeric texts count as numbers, other texts are sorted.
 
     Raises:
-        BadLabel: numbers and names are mixed, or there are more names than there can be classes.
+        BadLabel: numbers and names are mixed, or there are too many different names.
     """
     found = set(labels)
     names = sorted(label for label in found if isinstance(label, str))
@@ -100,12 +100,12 @@ def classes_of(labels: Collection[Label]) -> tuple[tuple[str, ...], dict[Label, 
 
 
 def numbered_classes(labels: Sequence[int]) -> tuple[str, ...]:
-    """Names for classes that are only numbers: "0" up to the highest, which is below `MAX_CLASSES`."""
+    """Names of numbered classes: "0" up to the highest number, which is below `MAX_CLASSES`."""
     return tuple(str(number) for number in range(max(labels) + 1))
 
 
 def not_a_class(label: object) -> str | None:
-    """Why a value is no number of a class, in words that follow it; None if it is one."""
+    """Reason, as the continuation of a sentence, for which a value is not a class number; None if it is one."""
     if type(label) is not int or label < 0:
         return "not a whole number from 0 on"
     if label >= MAX_CLASSES:
@@ -114,10 +114,10 @@ def not_a_class(label: object) -> str | None:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text that others wrote.
+    """The value of a JSON text from an outside source.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or has numbers of thousands of digits.
+        ValueError: the text is not JSON, is nested too deeply, or has numbers of thousands of digits.
     """
     try:
         return json.loads(data)
@@ -130,7 +130,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def parse_label_file(data: bytes) -> tuple[dict[str, int] | None, str | None]:
-    """Labels by name of a `dataset.json`, None for "no labels"; and a mistake in words."""
+    """Labels in a `dataset.json` by file name, None for "no labels"; and the mistake in it, None if there is none."""
     try:
         content = parse_json(data)
     except ValueError as error:
@@ -162,6 +162,6 @@ def _is_number(text: str) -> bool:
 def _can_be_written(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can hold halves of signs
+    except UnicodeEncodeError:  # JSON can hold lone surrogates
         return False
     return True

@@ -17,7 +17,7 @@ from dist_gan.types import UserError
 MAX_SHOWN = 10
 LABEL_FILE = "dataset.json"
 _LABEL_FILE_BYTES, _LABEL_BYTES = 2**20, 2**10
-"""Bytes that a label file may have, and as many more for each image."""
+"""Largest size of a `dataset.json`, in bytes: a constant part, and a part per image."""
 HIDDEN = "hidden files"
 _KINDS_SHOWN = 20
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     """Unique name: the path without common folders and extension, dots of the file name replaced by `_`."""
     label: int | None
     member: str
-    """What the source's reader finds it by."""
+    """Path or member name by which the source's reader opens the image."""
     size: int
     """Bytes in the source."""
 
@@ -53,7 +53,7 @@ class Listing:
     """Sorted by key."""
     classes: tuple[str, ...] | None
     notes: tuple[str, ...]
-    """What was passed over, in sentences."""
+    """Sentences about files that were skipped."""
 
 
 class Problems:
@@ -86,20 +86,20 @@ def list_images(
     read: Callable[[str], bytes],
     left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Listing:
-    """The images among files, with a label each where folders or `dataset.json` give one.
+    """The images among files, with labels if folders or `dataset.json` give them.
 
-    Folders that hold everything else are passed through; then the first folder of a path is its class, and names
-    of classes are sorted. A `dataset.json` as StyleGAN writes it replaces the folders as labels.
+    A folder that holds all other files is skipped in the paths; the first folder of each remaining path is the class,
+    and class names are sorted. A `dataset.json` as StyleGAN writes it replaces the folders as labels.
 
     Args:
         files: all files.
         folders: all folders, as relative paths; needed to see empty ones.
         place: name of the source for errors.
-        read: bytes of a file, for `dataset.json`.
-        left_out: paths that the source has passed over already, by reason.
+        read: returns the bytes of a file, for `dataset.json`.
+        left_out: paths that the source has already skipped, by reason.
 
     Raises:
-        UserError: all mistakes together.
+        UserError: one report of all mistakes.
     """
     problems = Problems(place)
     images: list[File] = []
@@ -162,7 +162,7 @@ def _extension(path: str) -> str:
 
 
 def _notes(others: Counter[str], left_out: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """One sentence about all files that are no images to us, by reason; none where there are no such files."""
+    """One sentence about all skipped files, by reason; empty if there are none."""
     reasons = []
     if others:
         shown = others.most_common(_KINDS_SHOWN)

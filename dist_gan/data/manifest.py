@@ -18,7 +18,7 @@ from dist_gan.types import UserError
 
 NAME = "manifest.json"
 _LARGEST_FILE = 2**31
-"""Bytes of a manifest; fifteen million images take that."""
+"""Largest size of a manifest, in bytes; fifteen million images take that much."""
 
 
 def read_manifest(url: str) -> Manifest:
@@ -44,7 +44,7 @@ def read_manifest(url: str) -> Manifest:
 
 def _bytes_of(place: str) -> bytes:
     local = storage.local_path(place)
-    if local is not None and not stat.S_ISREG(os.stat(local).st_mode):  # a pipe would be waited for without end
+    if local is not None and not stat.S_ISREG(os.stat(local).st_mode):  # reading from a pipe would block for ever
         raise OSError(errno.EINVAL, "it is no file")
     size = storage.size(place)
     if size > _LARGEST_FILE:

@@ -1,4 +1,4 @@
-"""From the JSON of a manifest to shards: every value is doubted before anything is built on it."""
+"""Conversion of a manifest's JSON to shards; every value is checked before it is used."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from dist_gan.data.shards import FORMAT, VERSION, Manifest, Shard
 from dist_gan.types import UserError
 
 _LARGEST = 2**62
-"""Of any number of bytes: sums of two of them are still numbers of 63 bits."""
+"""Largest number of bytes in a manifest; the sum of two such numbers still fits a signed 64-bit integer."""
 _LARGEST_SIDE = 2**20
 _ORIGIN = 4096
-"""Signs of the origin."""
+"""Largest length of `origin`, in characters."""
 MAKE_ONE = "run `dist-gan pack` (from images) or `dist-gan index` (for shards that are there)"
 MAKE_AGAIN = "make it again with `dist-gan index --force`, or pack the images again"
 
 
 class ManifestReader:
-    """Turns JSON values into a manifest.
+    """Converts JSON values to a manifest.
 
     Args:
-        place: where they came from, for errors.
+        place: name of the source, for errors.
     """
 
     def __init__(self, place: str) -> None:
         self._place = place
 
     def manifest(self, content: Any) -> Manifest:
-        """The manifest. Raises: UserError: it contradicts itself."""
+        """The manifest. Raises: UserError: an entry is invalid, or contradicts another."""
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise self._error(f"the format is {_shown(found)}, not {FORMAT!r}", remedy=MAKE_ONE)
@@ -62,7 +62,7 @@ class ManifestReader:
         return manifest
 
     def shard(self, content: Any, number: int) -> Shard:
-        """The shard of that number. Raises: UserError: it contradicts itself."""
+        """The shard with index `number`. Raises: UserError: an entry is invalid, or contradicts another."""
         where = f"shard {number}"
         if not isinstance(content, dict):
             raise self._error(f"{where} is no JSON object")
@@ -123,7 +123,7 @@ class ManifestReader:
     def _check_places(
         self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], keys: list[str], where: str, size: int
     ) -> None:
-        # Not offsets + sizes: the sum of two numbers of 63 bits may be negative.
+        # Not offsets + sizes: the sum of two 64-bit numbers may overflow and be negative.
         outside = np.flatnonzero((sizes > size) | (offsets > size - np.minimum(sizes, size)))
         if len(outside):
             raise self._error(
@@ -163,7 +163,7 @@ def _is_positive(value: Any, limit: int) -> bool:
 
 
 def _are_texts(values: Any) -> bool:
-    """Whether it is a list of texts that can be written: JSON can hold halves of signs."""
+    """True if `values` is a list of texts that can be encoded: JSON can hold lone surrogates."""
     if not isinstance(values, list) or not all(type(value) is str for value in values):
         return False
     try:

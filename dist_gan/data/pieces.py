@@ -45,7 +45,7 @@ class Fetched(NamedTuple):
     """The bytes of a piece."""
 
     start: int
-    """Where they begin in the shard."""
+    """Position of the first byte in the shard."""
     data: bytes
     """Shorter than asked for only where the shard really ends before."""
 
@@ -68,7 +68,7 @@ class PieceReader:
         self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
         """Least recently wanted first."""
         self._arrived: dict[Piece, Fetched] = {}
-        """Those of them that somebody has waited for already."""
+        """Held pieces that have been waited for already."""
         self._bytes = 0
         self.most_bytes = 0
         """The most that was held so far."""
@@ -216,7 +216,7 @@ class PieceReader:
             found: Exception = error
         except Exception as error:
             found = error
-        # The beginning of this run was read with the same settings: what fails now is no mistake in them.
+        # Data were read with the same settings before, so this failure is no mistake in the settings.
         later = "data.patience_s says how long it is asked again"
         raise TrainingFailed(*failure(found, place, later=later).args) from found
 
@@ -224,7 +224,7 @@ class PieceReader:
         return self._sources[piece.source].manifest.shards[piece.shard]
 
     def _name(self, piece: Piece) -> str:
-        """Where and what a piece is: the hash of the whole shard stands for the version of the object."""
+        """Cache name of a piece; the hash of the whole shard stands for the version of the object."""
         shard = self._shard(piece)
         url = storage.join(self._sources[piece.source].url, shard.name)
         start = shard.offsets[piece.first]

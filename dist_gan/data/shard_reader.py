@@ -1,4 +1,4 @@
-"""What really lies in a shard: its samples, found by the strict scan, whoever wrote it."""
+"""Samples in a shard of any origin, found by the strict scan of the tar."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class FoundSample:
     """The members of a tar that share a key."""
 
     extension: str = ""
-    """Of the image in lower case; empty while there is none."""
+    """Extension of the image, in lower case; empty while there is no image."""
     offset: int = 0
     size: int = 0
     crc32: int = 0
     label: Label | BadLabel | None = None
-    """What its label file says, or what is wrong with that; None where there is no such file."""
+    """Label from the label file, or its mistake; None if there is no label file."""
     label_files: set[str] = field(default_factory=set)
-    """Which of `cls` and `json` are there."""
+    """Extensions of the label files that the sample has: `cls`, `json` or both."""
 
 
 @dataclass(frozen=True)
 class FoundShard:
-    """A shard from end to end."""
+    """Result of reading a whole shard."""
 
     bytes: int
     sha256: str
     samples: dict[str, FoundSample]
     """Samples with an image, by key, in the order of their images."""
     passed_over: Counter[str]
-    """Members that belong to no image, by the ending of their names."""
+    """Number of members that belong to no image, by the ending of their names."""
     dotted: tuple[str, ...]
-    """Those of them that look like images, whose names hold more than one dot."""
+    """Names of skipped members that look like images, but hold more than one dot."""
     problems: tuple[str, ...]
 
 
@@ -60,15 +60,15 @@ def read_shard(
 
     Args:
         url: folder of the shard.
-        name: of the shard in it.
-        see: is given key, extension and bytes of each image.
+        name: file name of the shard in the folder.
+        see: called with key, extension and bytes of each image.
         label_file: extension of the members that hold labels.
-        label_of: label in the bytes of such a member; raises BadLabel.
+        label_of: returns the label in the bytes of such a member; raises BadLabel.
 
     Raises:
-        DamagedTar: the archive is not whole.
-        OSError: it cannot be read.
-        UserError, TrainingFailed: a store refuses, or does not answer.
+        DamagedTar: the archive is damaged or incomplete.
+        OSError: the archive cannot be read.
+        UserError, TrainingFailed: a store refuses access, or does not answer.
     """
     place = storage.redact(storage.join(url, name))
     size = storage.size(storage.join(url, name))
@@ -124,7 +124,7 @@ def read_shard(
 
 
 def split_by_webdataset(name: str) -> str:
-    """How webdataset understands a name with several dots, and what to do, in a sentence."""
+    """Sentence that explains how webdataset splits a name with several dots, and the remedy."""
     folder, slash, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     stem, _, ending = base.rpartition(".")

@@ -253,9 +253,9 @@ def raise_if_bad(bad: list[Bad], *, place: str, seen: int | None = None) -> None
     """Raises: UserError that lists the first bad images of a source.
 
     Args:
-        bad: all that were found.
+        bad: all bad images found.
         place: name of the source.
-        seen: images that were looked at until then, where these were not all.
+        seen: number of images examined so far; None if all were.
     """
     if not bad:
         return

@@ -1,4 +1,4 @@
-"""What is known of a data set: its shards, and in each the key, place and label of every image."""
+"""Description of a data set: its shards, with key, position and label of every image."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Shard:
     offsets: tuple[int, ...]
     """First byte of each sample's image file, from the start of the tar."""
     sizes: tuple[int, ...]
-    """Bytes of each sample's image file."""
+    """Size of each sample's image file, in bytes."""
     extensions: tuple[str, ...]
-    """Of each image file, in lower case, without the dot."""
+    """Extension of each sample's image file, in lower case, without the dot."""
     labels: tuple[int, ...] | None
     """Class of each sample; None where the data have no labels."""
     crc32: tuple[int, ...] | None = None
@@ -42,21 +42,21 @@ class Manifest:
     resolution: int | None
     """Side of every image in pixels; None where sizes differ."""
     channels: int
-    """1 or 3: the most that any image has."""
+    """Largest number of channels of any image: 1 or 3."""
     classes: tuple[str, ...] | None
     """Name of each class; None where the data have no labels."""
     shards: tuple[Shard, ...]
     origin: str
-    """What made it; no part of the fingerprint."""
+    """Command and source that made the data set; not part of the fingerprint."""
 
     @property
     def num_samples(self) -> int:
-        """Samples over all shards."""
+        """Number of samples in all shards."""
         return sum(len(shard.keys) for shard in self.shards)
 
     @cached_property
     def class_counts(self) -> tuple[int, ...] | None:
-        """Samples of each class; None where the data have no labels."""
+        """Number of samples of each class; None if the data have no labels."""
         if self.classes is None:
             return None
         counts = Counter(label for shard in self.shards for label in shard.labels or ())
@@ -64,7 +64,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over everything but `origin` and what follows from the rest."""
+        """SHA-256, in hex, of the manifest without `origin` and derived entries."""
         content = {key: value for key, value in to_json(self).items() if key not in ("origin", "class_counts")}
         return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -103,5 +103,5 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def canonical(content: Any) -> bytes:
-    """JSON of one form only, so that equal contents have equal hashes."""
+    """Canonical JSON as bytes, so that equal contents have equal hashes."""
     return json.dumps(content, separators=(",", ":"), sort_keys=True).encode("ascii")

@@ -1,4 +1,4 @@
-"""Where images come from before they are packed: a folder here or in a store, a zip, an npz, or arrays in memory."""
+"""Sources of images to be packed: a local folder or one in a store, a zip, an npz, or arrays in memory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ UNREADABLE = (
     OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, KeyError,
     RuntimeError, ValueError, IndexError, OverflowError,
 )  # fmt: skip
-"""What folders and zips raise on a file that they cannot give."""
+"""Exceptions raised when a file in a folder or zip cannot be read."""
 _UNIX = 3
-"""Of the systems that a zip may come from, the one whose links are marked."""
+"""Number of Unix among the `create_system` values of a zip; only there are symbolic links marked."""
 
 
 class Reader(Protocol):
@@ -46,15 +46,15 @@ class Source(Protocol):
     """Images with keys, and with labels or without."""
 
     place: str
-    """Where it is, for messages."""
+    """Path or URL of the source, for messages."""
     entries: tuple[Entry, ...]
     """Sorted by key."""
     classes: tuple[str, ...] | None
     """Names by label; None where there are no labels."""
     notes: tuple[str, ...]
-    """What was passed over, in sentences."""
+    """Sentences about files that were skipped."""
     identity: str
-    """A hash of contents where it costs nothing, beside names and sizes."""
+    """Hash of the contents if it is cheap to obtain, in addition to names and sizes; empty otherwise."""
     reader: Reader
 
 
@@ -256,10 +256,10 @@ def _is_link(member: zipfile.ZipInfo) -> bool:
 
 
 def _check_headers(archive: zipfile.ZipFile, place: str) -> None:
-    """Compares what the headers of an npz say with its members, before any memory is taken.
+    """Compares the headers of an npz with its members, before memory is allocated.
 
     Raises:
-        UserError: an array is missing, has another type or shape, or cannot be there as it is announced.
+        UserError: an array is missing, has another type or shape, or does not fit its member's size.
         ValueError: a header is damaged.
     """
     names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -273,7 +273,7 @@ def _check_headers(archive: zipfile.ZipFile, place: str) -> None:
 
 
 def _announced(archive: zipfile.ZipFile, name: str, place: str) -> NDArray[Any]:
-    """An array of the shape and type in a header, whose elements are all one and take no memory."""
+    """An array of the shape and type in a header, whose elements share one memory location."""
     member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
     with archive.open(member) as file:
         try:
@@ -282,7 +282,7 @@ def _announced(archive: zipfile.ZipFile, name: str, place: str) -> NDArray[Any]:
             shape, _, dtype = read(file)
         except OSError:
             raise
-        except Exception as error:  # a header is half a program, and numpy raises whatever its parser does
+        except Exception as error:  # a header is a Python literal, and numpy passes on any exception of its parser
             raise ValueError(f"the header of the array {name!r} is damaged: {type(error).__name__}") from error
         if dtype.hasobject:
             raise ValueError(f"the array {name!r} holds Python objects")

@@ -17,9 +17,9 @@ from dist_gan.images import MAX_FILE_BYTES
 BLOCK = 512
 _CHUNK = 2**20
 _EXTENDED = 2**20
-"""Bytes of an extended header or a long name, which are held together."""
+"""Largest size of an extended header or a long name, in bytes; it is held in memory as a whole."""
 _DIGITS = 20
-"""Of the longest size that an extended header may state: more than any file system has."""
+"""Largest number of digits of a size in an extended header: more than any file system allows."""
 _ZEROS = bytes(BLOCK)
 _CHECKSUM_AS_SPACES = 8 * 32
 _REGULAR = (b"0", b"\0", b"7")
@@ -45,26 +45,26 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Of the first byte of the data, from the start of the archive."""
+    """Position of the first byte of the data, from the start of the archive."""
     size: int
     data: bytes | None
-    """None where it is larger than what is held in memory."""
+    """Bytes of the member; None if it is larger than the limit of memory."""
 
 
 class TarScan:
     """The regular files of an archive in order, with their data; iterate once.
 
     Args:
-        file: at its first byte.
-        size: bytes of the file.
-        place: name of the archive for errors.
-        hold: bytes of a member that are held in memory at most; of a larger one the data are not given.
+        file: open archive, positioned at its first byte.
+        size: size of the archive, in bytes.
+        place: name of the archive, for errors.
+        hold: largest member whose data are read into memory, in bytes; larger members come without data.
 
     Attributes:
-        sha256: of the whole file in hex; there after the last member has been taken.
+        sha256: SHA-256 of the whole archive, in hex; set after the last member.
 
     Raises:
-        DamagedTar: while iterating, at the first thing that a whole archive does not have.
+        DamagedTar: while iterating, at the first damage.
     """
 
     def __init__(self, file: BinaryIO, *, size: int, place: str, hold: int = MAX_FILE_BYTES) -> None:
@@ -143,7 +143,7 @@ class TarScan:
         return data
 
     def _pass(self, size: int) -> None:
-        """Reads data that nobody wants, for the hash alone."""
+        """Reads data for the hash only."""
         end = self._position + size + -size % BLOCK
         while self._position < end:
             self._read(min(_CHUNK, end - self._position), what="a file")

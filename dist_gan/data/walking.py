@@ -1,4 +1,4 @@
-"""All files below a folder of this machine, through links that lead out of it, and never twice through the same folder."""
+"""All files below a local folder; links that lead out of it are followed, and no folder is visited twice."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ BROKEN = "broken links"
 LOOPS = "links to folders that are read already"
 ODD = "neither files nor folders"
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
-"""How a link is answered that leads nowhere, or to itself."""
+"""Error numbers for a link whose target is absent, or that leads to itself."""
 
 
 class Walked(NamedTuple):
-    """What lies below a folder."""
+    """Files and folders below a folder, and the paths that were skipped."""
 
     files: list[File]
     folders: list[str]
     left_out: dict[str, list[str]]
-    """Paths of what was passed over, by reason."""
+    """Skipped paths, by reason."""
 
 
 def walk(root: str) -> Walked:
     """Files and folders below a folder, as relative paths with `/`, sorted within each folder.
 
-    A link to a file is the file. A link to a folder is followed where it leads out of the tree, and once; one that leads
-    back into the tree would show its images a second time, and one that leads above it would have no end.
+    A link to a file counts as the file. A link to a folder is followed once, and only if it leads out of the tree; one
+    that leads back into the tree would repeat its images, and one to a parent of the tree would never end.
 
     Raises:
         UserError: a folder cannot be read.

@@ -17,7 +17,7 @@ PLAYERS = checkpoint_manifest.PLAYERS
 
 
 class Action(NamedTuple):
-    """What to do after a step: equal on every rank, since the norms that it is decided by are."""
+    """Decision after a step; equal on every rank, since the norms that it depends on are."""
 
     kind: Literal["continue", "roll_back", "stop"]
     reason: str = ""
@@ -44,7 +44,7 @@ class Recovery:
 
     @property
     def quiet(self) -> bool:
-        """Whether no update of the window was skipped."""
+        """True if no update of the window was skipped."""
         return not any(self._recent.values())
 
     def watch(self, player: str, update: Update) -> Action:
@@ -80,15 +80,15 @@ class Recovery:
     # -- Stateful -------------------------------------------------------------------------------------------------
 
     def table(self) -> dict[str, TensorFacts]:
-        """It has no tensors."""
+        """Empty: recovery has no tensors."""
         return {}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """It has no tensors."""
+        """Empty: recovery has no tensors."""
         return iter(())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """It has no tensors. Raises ValueError if there are some."""
+        """Accepts an empty state only: recovery has no tensors. Raises ValueError if there are some."""
         check_table("recovery", tensors, {})
 
     def values(self) -> dict[str, Any]:
@@ -99,10 +99,10 @@ class Recovery:
         }  # fmt: skip
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Takes back what `values` gave.
+        """Restores a state from `values`.
 
         Raises:
-            ValueError: they are of other types or ranges.
+            ValueError: a value has another type or range.
         """
         checkpoint_manifest.check_recovery(Record(values, place="recovery"))
         self.rollbacks = int(values["rollbacks"])

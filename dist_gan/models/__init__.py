@@ -76,7 +76,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def sizes(section: AnyNetworks) -> tuple[int, int]:
-    """Parameters of the generator and the discriminator, without taking memory for them."""
+    """Numbers of parameters of generator and discriminator, computed without allocating memory for them."""
     with torch.device("meta"):
         networks = build_networks(section, seed=0)
     return count_parameters(networks.generator), count_parameters(networks.discriminator)

@@ -7,9 +7,10 @@ He-normal instead (He et al. 2015), since nothing rescales the activations; with
 and every weight is divided by its largest singular value (Miyato et al. 2018).
 
 Two additions from StyleGAN are options: dense layers before the first stage (Karras et al. 2019, section 2), and the
-minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3). A third, `smooth`, is a start of
-the generator: its first pictures are soft fields of colour instead of white noise. Photographs of 64 pixels or more are
-smooth, so a discriminator tells white noise from them by one filter, within a few updates, and then has won.
+minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3). A third, `smooth`, is an
+initialisation of the generator: its first images are smooth fields of colour instead of white noise. Photographs of 64
+pixels or more are smooth, so a discriminator learns within a few updates to tell white noise from them by one filter,
+and the generator stops learning.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: flo
 
 
 def _smooth(network: nn.Module) -> None:
-    """Starts each stride-2 stage as a bilinear enlargement by two, its channels mixed at random.
+    """Initialises each stride-2 stage as bilinear upsampling by two, with randomly mixed channels.
 
     A kernel of 4x4 is the outer product of [1, 3, 3, 1] / 4 with itself: the weights by which stride 2 interpolates
     (the filter of Karras et al. 2020, StyleGAN2, section 4.1), times N(0, gain^2 / channels) for each pair of channels.

@@ -1,4 +1,4 @@
-"""The Accelerators that wrap the players: one for both without DeepSpeed, one for each with it."""
+"""Accelerator objects, which wrap the networks: one for both without DeepSpeed, one per network with it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dist_gan.types import UserError
 def make_accelerators(
     section: RuntimeSection, launch: Launch, *, on_cpu: bool, timeout: timedelta
 ) -> dict[str, Accelerator]:
-    """The Accelerator of each player, by the player's name.
+    """Accelerators by network: `generator` and `discriminator`.
 
     Args:
-        section: how the machine is used.
-        launch: what the launcher asked for.
-        on_cpu: whether the processes train on CPUs.
-        timeout: longest wait of a collective.
+        section: settings of devices, precision and processes.
+        launch: settings from the launcher's environment.
+        on_cpu: True if the processes train on CPUs.
+        timeout: time limit of a collective.
 
     Raises:
-        UserError: gradients are to be compressed, which DDP does on GPUs only.
+        UserError: gradient compression is requested on CPUs; DDP offers it on GPUs only.
     """
     if launch.zero_stage is not None:
         return _for_deepspeed(launch.zero_stage, on_cpu=on_cpu, timeout=timeout)
@@ -39,7 +39,7 @@ def make_accelerators(
             f"runtime.compress: {section.compress!r} is for gradients on GPUs, and these processes train on CPUs; leave it out"
         )
     handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
-    # Launchers say "CPU" in the launch file only; without this accelerate starts N lone processes on a CPU.
+    # Only the launch file says "CPU"; without this variable accelerate starts N lone processes on a CPU.
     both = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     return {"generator": both, "discriminator": both}
 
@@ -50,8 +50,8 @@ def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:
 
 
 def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str, Accelerator]:
-    """An Accelerator for each player: accelerate keeps one DeepSpeed engine in each."""
-    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # has been read, and goes into the engines' settings
+    """One Accelerator per network, since an Accelerator keeps one DeepSpeed engine."""
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # already read, and part of the engines' settings
     if on_cpu:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     plugins = {

@@ -1,11 +1,11 @@
-"""DDP's buckets, laid out once before the first step, so that every step of every start sums in one order.
+"""Final layout of DDP's gradient buckets before the first step, so that every step sums in the same order.
 
 DDP sums gradients in buckets. It begins with one layout, and after its first backward pass makes another, in the order
 in which the gradients arrived (`Reducer::rebuild_buckets` in torch/csrc/distributed/c10d/reducer.cpp); it does so once.
-The order in which the numbers of three or more ranks are added depends on their places in a bucket: a run that starts
-again, with the first layout again, would differ from one that was never interrupted. The passes made here end that
-before there is anything to add: each parameter takes part times zero, in the reverse of the order in which the network
-holds them, and the network itself is not called, so that no weight, buffer, random number or image is touched.
+The order in which the numbers of three or more ranks are added depends on their positions in a bucket: a resumed run,
+which begins with the first layout again, would differ from an uninterrupted one. The passes made here force the final
+layout before the first real gradient: each parameter takes part multiplied by zero, in the reverse of the network's
+parameter order, and the network itself is not called, so that no weight, buffer, random state or image is used.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _PASSES = 3
-"""The first is recorded, the second begins with the new layout, the third brings it into DDP's description of itself."""
+"""Number of passes: the first is recorded, the second uses the new layout, the third updates DDP's logged layout."""
 
 
 class Bucketed(nn.Module):
-    """A network as DDP holds it, which can also be passed without being called.
+    """The module inside DDP: calls the network, or passes through its parameters alone.
 
     Args:
-        network: what is trained.
+        network: generator or discriminator.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -33,7 +33,7 @@ class Bucketed(nn.Module):
         self.network = network
 
     def forward(self, *inputs: Any, only_parameters: bool = False, **named: Any) -> Tensor:
-        """The network's output; or, with `only_parameters`, zero as a function of every parameter."""
+        """The network's output; with `only_parameters`, a zero that depends on every parameter."""
         if not only_parameters:
             return self.network(*inputs, **named)
         parameters = list(self.network.parameters())
@@ -44,15 +44,16 @@ class Bucketed(nn.Module):
 
 
 def lay_out(wrapped: DistributedDataParallel) -> str:
-    """Brings DDP's buckets into their final layout; returns a short name of it. Collective.
+    """Brings DDP's buckets into their final layout; returns a short name of the layout. Collective.
 
-    The gradient of the last parameter arrives first, as in most networks, so that reduction and backward pass overlap.
+    In the passes, as in most networks, the last parameter's gradient arrives first, so that reduction and backward pass
+    overlap.
 
     Args:
         wrapped: DDP around a `Bucketed` network, before its first pass.
     """
     with torch.enable_grad():
-        for _ in range(_PASSES):  # by name: on a GPU, DDP cannot be called without any argument
+        for _ in range(_PASSES):  # a keyword argument: on a GPU, DDP cannot be called without any argument
             wrapped(only_parameters=True).backward()
     for parameter in wrapped.parameters():
         parameter.grad = None

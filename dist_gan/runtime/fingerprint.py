@@ -23,7 +23,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if odd:
         flat = torch.cat([flat, flat.new_zeros(8 - odd)])
     words = flat.view(torch.int64) if flat.storage_offset() % 8 == 0 else flat.clone().view(torch.int64)
-    # `torch.tensor` would copy the number to the device and wait for it.
+    # `torch.tensor` would copy the number to the device synchronously.
     total = torch.full((), tensor.numel(), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _WORDS_AT_ONCE):
         part = words[start : start + _WORDS_AT_ONCE]

@@ -1,4 +1,4 @@
-"""The processes of a launch find each other, and show early that a sum over all of them comes back."""
+"""Process groups of a launch, and an early test that a reduction over all ranks succeeds."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TO_CHECK = (
     "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO prints what was chosen): docs/launching.md, Several machines"
 )
 FIRST_REDUCTION_S = 120
-"""Longest wait for the first sum: the processes have met by then, and only connections are left to be made."""
+"""Time limit, in seconds, of the first reduction: the ranks have met by then, and only have to connect."""
 
 
 def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
-    """Makes the training group, as accelerate would, but over the store in which the ranks have met.
+    """Creates the training process group as accelerate would, over the store in which the ranks have met.
 
     Raises:
-        TrainingFailed: the network that the processes are to talk over is not there; says what to look at.
+        TrainingFailed: the network interface for the connections is missing; the sentence names what to check.
     """
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
-    # gloo's processes then connect to those they talk to. By default each connects to all others in each of three groups,
+    # gloo's processes then connect on demand. By default each connects to all others in each of three groups,
     # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
@@ -39,13 +39,13 @@ def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
             backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout
         )
     except (dist.DistStoreError, dist.DistNetworkError):
-        raise  # of the store: some process did not come
+        raise  # an error of the store: some process did not join
     except RuntimeError as error:
         raise TrainingFailed(f"the processes cannot be connected ({_in_short(error)}); {_TO_CHECK}") from error
 
 
 def _in_short(error: RuntimeError) -> str:
-    """The first line of what a library in C++ says, without the place in its source."""
+    """First line of an error message from C++, without the source location."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^\[[^]]*\]\s*(\S+ [!=]= \S+\.\s*)?", "", lines[0])
 
@@ -53,18 +53,18 @@ def _in_short(error: RuntimeError) -> str:
 def first_reduction(
     places: Mapping[str, tuple[dist.ProcessGroup | None, torch.device]], *, world_size: int, timeout_s: float
 ) -> None:
-    """Adds one number over all ranks in each group, before anything else depends on a sum. Collective.
+    """Adds one number over all ranks in each process group, before training depends on a reduction. Collective.
 
-    Connections are made in the first sum of a group, and it is there that closed ports and wrong interfaces show: with
-    NCCL as silence. The sum runs in a thread of its own, since a call that waits in NCCL returns to nobody.
+    A group connects in its first reduction, where closed ports and wrong interfaces show: with NCCL as a hang. The
+    reduction runs in a thread of its own, since a call that waits in NCCL cannot be interrupted.
 
     Args:
-        places: by what a person would call it, a group and the device that its numbers lie on.
-        world_size: processes of the launch.
-        timeout_s: longest wait for all sums.
+        places: process group and device of its tensors, by a descriptive name.
+        world_size: number of processes of the launch.
+        timeout_s: time limit of all reductions together, in seconds.
 
     Raises:
-        TrainingFailed: a sum failed, is wrong, or did not come back; says what to look at.
+        TrainingFailed: a reduction failed, timed out or gave a wrong sum; the sentence names what to check.
     """
     done: list[str] = []
     failed: list[str] = []

@@ -1,10 +1,10 @@
-"""Signs of life: which rank died, fell silent or hangs, in words, whatever the ranks that miss it are waiting in.
+"""Heartbeats between ranks: detects and names a rank that died, fell silent or hangs, even inside a collective.
 
-A collective with a dead rank need not fail: NCCL's kernels spin for ever. So every rank has two threads of its own. One
-talks: it tells the launch's store once a second how many landmarks training has passed, and every five seconds it reads
-what its two neighbours in the ring of ranks said last, and whether somebody has said that the launch is over. The other
-never waits for the store: it judges what the first has found, and ends the process. So each rank costs the store seven
-requests in five seconds, however many ranks there are.
+A collective with a dead rank need not fail: NCCL's kernels spin for ever. Every rank therefore has two threads. The
+first one writes a heartbeat with the number of passed landmarks to the launch's store once a second, and every five
+seconds reads the heartbeats of the rank's two neighbours in the ring of ranks, and the verdict that the launch is over,
+if there is one. The second thread never waits for the store: it judges the first one's findings, and ends the process.
+Each rank thus costs the store seven requests in five seconds, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -25,68 +25,69 @@ from dist_gan.runtime.meeting import OVER, Meeting, Word
 
 INTERVAL_S = 1.0
 LOOK_EVERY = 5
-"""Beats from one look at the neighbours to the next; once one of them seems silent, every beat is one."""
+"""Interval, in beats, at which the neighbours' beats are read; every beat once a neighbour seems silent."""
 SILENT_AFTER_S = 8.0
-"""Eight beats that did not come while the store answers: a machine with ten times more work than cores delays a beat by one
-or two seconds, and a call that keeps Python's interpreter to itself for longer is seen by its CPU time."""
+"""Seconds without a beat, while the store answers, after which a rank counts as silent. A machine with ten times more
+work than cores delays a beat by one or two seconds; a call that holds Python's GIL for longer shows in the CPU time."""
 COMPARED_FOR_S = 3.0
-"""Between the two looks at all ranks that decide who is silent."""
+"""Seconds between the two readings of all ranks' beats whose comparison shows the silent ranks."""
 STORE_AWAY_AFTER_S = 12.0
-"""Without an answer of the store for so long, its machine is gone, or the way there."""
+"""Seconds without an answer of the store after which its machine, or the network to it, counts as gone."""
 PAUSED_AFTER_S = 4.0
-"""Without a turn for so long, this process itself was stopped, or its machine slept: it knows nothing of the others."""
+"""Seconds without running after which this process counts as stopped, or its machine as asleep; all clocks restart."""
 NEVER_CAME_AFTER_S = 30.0
-"""Without a first beat for so long after this rank's own, a neighbour died between joining and beating."""
+"""Seconds without a neighbour's first beat, after this rank's own, after which it counts as dead since it joined."""
 ENDING_WITHIN_S = 30.0
-"""For the last barrier, once rank 0 has said that the run has ended as it should."""
+"""Time limit, in seconds, of the last barrier, after rank 0 has declared the run finished."""
 
 
 class Beat(NamedTuple):
-    """What a rank last said of itself."""
+    """The latest heartbeat of a rank."""
 
     beats: int
     landmarks: int
     place: str
-    """What it began last."""
+    """Name of the landmark that the rank passed last."""
     host: str
     pid: int
     left: bool = False
-    """Whether it has ended as it should."""
+    """True if the rank has ended normally."""
 
 
 class Missing(NamedTuple):
-    """What a process could find out about the others."""
+    """Findings of one rank about the other ranks."""
 
     reason: str | None
-    """Who died or hangs, in one sentence; None if everybody lives and is equally far."""
+    """Sentence that names the dead or hanging ranks; None if all live and have passed the same landmarks."""
     cut_off: bool = False
-    """Whether the store did not answer, so that nothing is known of the others, and they may know nothing of this one."""
+    """True if the store did not answer: the state of the other ranks is unknown, and they may not know this rank's."""
     missing: tuple[tuple[int, int, str], ...] = ()
-    """Rank, process and host of the dead and the silent."""
+    """Rank, process ID and host of each dead or silent rank."""
     hanging: tuple[int, ...] = ()
+    """Ranks that live, but are behind the others."""
 
 
 class _Neighbour:
-    """What is known of a rank that this one looks after."""
+    """State of a neighbouring rank that this rank watches."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.beat: Beat | None = None
         self.since = time.monotonic()
-        """When its last beat was first seen, or it was seen alive otherwise."""
+        """Time at which the rank's latest beat was first seen, or its process was seen alive otherwise."""
         self.process: Process | None = None
-        """Itself, if it is on this machine."""
+        """Process of the neighbour, if it runs on this machine; None otherwise."""
         self.cpu = 0
 
     def note(self, beat: Beat) -> None:
-        """Takes what it said last, and whether that is new."""
+        """Records the rank's latest beat, and the time if it is new."""
         if beat != self.beat:
             if beat.host == os.uname().nodename and (self.process is None or self.process.pid != beat.pid):
                 self.process = Process.find(beat.pid)
             self.beat, self.since = beat, time.monotonic()
 
     def look(self) -> None:
-        """Sees on its own machine that it works without a beat, or is held by a debugger, and is not to be missed."""
+        """Counts a local process as alive if it used CPU time or is held by a debugger, even without a beat."""
         if self.process is not None:
             cpu = self.process.cpu()
             if cpu > self.cpu or self.process.state() == "t":
@@ -94,25 +95,25 @@ class _Neighbour:
 
     @property
     def died(self) -> bool:
-        """Whether its process is gone from this machine, without having said that it leaves."""
+        """True if the rank ran on this machine and its process is gone without a last beat."""
         return self.beat is not None and not self.beat.left and self.process is not None and self.process.state() == "X"
 
     def silent(self) -> bool:
-        """Whether it has said nothing for longer than any load explains."""
+        """True if the rank has sent no beat for longer than load can explain."""
         if self.beat is None:
             return time.monotonic() - self.since > NEVER_CAME_AFTER_S
         return not self.beat.left and time.monotonic() - self.since > SILENT_AFTER_S
 
 
 class Heartbeat:
-    """The signs of life of one process.
+    """Sends the heartbeats of one rank, and watches those of its neighbours.
 
     Args:
-        meeting: of the launch, on a connection that nobody else waits on.
-        patience_s: seconds without a landmark after which this process looks for the culprit and ends.
-        launcher: of this process, which holds the store on the first machine.
-        on_missing: is told who is missing; the process ends when it returns.
-        on_over: is told why the launch is over, if another rank said so; the process ends when it returns.
+        meeting: the launch's store, over a connection used by nothing else.
+        patience_s: seconds without a landmark after which this process looks for the cause and ends.
+        launcher: launcher of this process, which holds the store on the first machine.
+        on_missing: called with the missing ranks; the process ends when it returns.
+        on_over: called with another rank's verdict that the launch is over; the process ends when it returns.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Heartbeat:
         around = {(self._rank - 1) % self._world_size, (self._rank + 1) % self._world_size}
         self._neighbours = [_Neighbour(rank) for rank in sorted(around)]
         self._stop = threading.Event()
-        # They are there from here on, empty: a question for a key that is not there would wait for it.
+        # The keys exist from here on, with empty values: reading an absent key would block.
         for key in (OVER, *(f"beat/{n.rank}" for n in self._neighbours)):
             self._store.compare_set(key, "", "")
         self._beat()
@@ -147,7 +148,7 @@ class Heartbeat:
 
     @property
     def place(self) -> str:
-        """What this rank began last."""
+        """Name of the landmark that this rank passed last."""
         return self._place
 
     def mark(self, place: str) -> None:
@@ -155,14 +156,14 @@ class Heartbeat:
         self._place, self._landmarks, self._since = place, self._landmarks + 1, time.monotonic()
 
     def close(self) -> None:
-        """Ends the signs of life with one that says so."""
+        """Ends the heartbeats with a last one that announces the normal end."""
         self._left = True
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2 * INTERVAL_S)
 
     def missing(self) -> Missing:
-        """Who died, and who hangs. Takes a few seconds, and ends even if the store's machine no longer answers."""
+        """Dead and hanging ranks. Takes a few seconds, and returns even if the store's machine no longer answers."""
         found: list[Missing] = []
 
         def ask() -> None:
@@ -171,7 +172,7 @@ class Heartbeat:
             except Exception as error:
                 found.append(Missing(_store_away(type(error).__name__), cut_off=True))
 
-        # A connection without another end answers after minutes, if at all.
+        # A request to a machine that is gone fails after minutes, if at all; so it runs in a thread.
         asking = threading.Thread(target=ask, name="heartbeat-missing", daemon=True)
         asking.start()
         asking.join(timeout=STORE_AWAY_AFTER_S)
@@ -189,7 +190,9 @@ class Heartbeat:
             time.sleep(INTERVAL_S / 4)
             if self._word is not None:
                 return Missing(None)
-            if time.monotonic() - last > PAUSED_AFTER_S:  # stopped between the two looks: the others may have been, too
+            if (
+                time.monotonic() - last > PAUSED_AFTER_S
+            ):  # this process was stopped in between; the others may have been, too
                 before, deadline = self._read(), time.monotonic() + COMPARED_FOR_S
             last = time.monotonic()
         now = self._read()
@@ -210,7 +213,7 @@ class Heartbeat:
 
     @staticmethod
     def _dead(beats: list[Beat | None]) -> list[int]:
-        """Ranks of this machine that are known to be gone; where there is no /proc, nobody is."""
+        """Ranks of this machine whose processes are gone; empty without /proc."""
         if not has_proc():
             return []
         here = [
@@ -218,10 +221,10 @@ class Heartbeat:
         ]
         return [r for r, beat in here if (found := Process.find(beat.pid)) is None or found.state() == "X"]
 
-    # -- the thread that talks ------------------------------------------------------------------------------------
+    # -- thread that sends and reads beats ------------------------------------------------------------------------------------
 
     def _talk(self) -> None:
-        # A connection that broke is broken for good; the other thread judges how long the store has been away.
+        # A broken connection stays broken; the other thread judges how long the store has not answered.
         with suppress(Exception):
             while not self._stop.wait(INTERVAL_S):
                 self._beat()
@@ -245,7 +248,7 @@ class Heartbeat:
     def _suspicious(self) -> bool:
         return any(n.died or time.monotonic() - n.since > (LOOK_EVERY + 1) * INTERVAL_S for n in self._neighbours)
 
-    # -- the thread that judges -----------------------------------------------------------------------------------
+    # -- thread that judges -----------------------------------------------------------------------------------
 
     def _judge(self) -> None:
         last, ended_at = time.monotonic(), None
@@ -265,7 +268,7 @@ class Heartbeat:
             last = time.monotonic()
 
     def _excuse(self, pause: float) -> None:
-        """Takes a time in which this process did not run itself off all clocks."""
+        """Excludes a pause of this process itself from all time limits."""
         now = time.monotonic()
         self._since += pause
         self._answered = now
@@ -273,7 +276,7 @@ class Heartbeat:
             neighbour.since = now
 
     def _look_for_trouble(self, now: float) -> Missing | None:
-        """What is certain enough to end this process for."""
+        """Findings certain enough to end this process; None if there are none."""
         waited = now - self._since
         away = now - self._answered
         if away > STORE_AWAY_AFTER_S:
@@ -283,7 +286,7 @@ class Heartbeat:
             return None
         for neighbour in self._neighbours:
             neighbour.look()
-        # A store that did not answer a moment ago cannot say who is silent.
+        # Beats may be missing because the store has not answered.
         if any(n.died or (away < 2 * INTERVAL_S and n.silent()) for n in self._neighbours):
             found = self.missing()
             if found.missing or found.cut_off:
@@ -291,7 +294,7 @@ class Heartbeat:
         if waited > self.patience_s:
             found = self.missing()
             if self._since > time.monotonic() - self.patience_s or self._word is not None:
-                return None  # it went on while we were looking, or somebody else has found out
+                return None  # training went on meanwhile, or another rank has given a verdict
             reason = found.reason or "every rank waits at the same place"
             return found._replace(reason=f"no progress for {waited:.0f} s ({self._place}): {reason}")
         return None
@@ -317,7 +320,7 @@ class Heartbeat:
 
     def _read(self) -> list[Beat | None]:
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        # Two requests while everybody has beaten once: all ranks ask at the same time when one is lost.
+        # Two requests once every rank has sent a beat: all ranks ask at the same time when one is lost.
         here = [True] * len(keys) if self._store.check(keys) else [self._store.check([key]) for key in keys]
         values = iter(self._store.multi_get([key for key, there in zip(keys, here, strict=True) if there]))
         read = [next(values) if there else b"" for there in here]
@@ -325,7 +328,7 @@ class Heartbeat:
 
 
 def end_the_silent(word: Word) -> None:
-    """Kills the ranks of this machine that will not hear the word: they would wait for ever, and their launcher for them."""
+    """Kills ranks of this machine that cannot read the verdict: they, and their launcher, would wait for ever."""
     for _, pid, host in word.missing:
         if host == _host() and pid not in (0, os.getpid()):
             with suppress(OSError):
@@ -333,7 +336,7 @@ def end_the_silent(word: Word) -> None:
 
 
 def _show_stacks() -> None:
-    with suppress(Exception):  # nobody may be reading
+    with suppress(Exception):  # stderr may be closed
         faulthandler.dump_traceback(file=sys.stderr)
 
 
@@ -346,7 +349,7 @@ def _left(beat: Beat | None) -> bool:
 
 
 def _busy(process: Process | None, cpu: int) -> bool:
-    """Whether a process of this machine works, or is held by a debugger, though it gives no sign."""
+    """True if a process of this machine used CPU time since it had used `cpu` ticks, or is held by a debugger."""
     return process is not None and (process.cpu() > cpu or process.state() == "t")
 
 

@@ -1,4 +1,4 @@
-"""What the launcher asked for: strategy, precision, offload. Read from the environment before anything is started."""
+"""Settings of the launcher: strategy, precision, offload. Read from the environment before process groups exist."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a run work together."""
+    """Parallel strategy and precision requested by the launcher."""
 
     strategy: str = "single"
     """`single`, `ddp`, or `zero0` to `zero3`."""
     precision: str = "fp32"
     """`fp32`, `bf16` (our own autocast) or `fp64`."""
     offload: bool = False
-    """Whether ZeRO keeps the optimizers' moments in the host's memory."""
+    """True if ZeRO keeps the optimizers' moments in the host's memory."""
     zero_options: Mapping[str, Any] = field(default_factory=dict)
     """`zero_optimization` of a DeepSpeed file, and its other keys that do not touch what is learned."""
 
@@ -104,7 +104,7 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
         launch = Launch("ddp" if world_size > 1 else "single", precision)
     else:
         if gpus == 0 or config.runtime.device == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which happens next
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, in the next statement
         launch, problems = _deepspeed(config, environment, precision)
         mistakes += problems
     if config.runtime.compress != "none" and launch.strategy not in ("ddp", "single"):

@@ -1,7 +1,7 @@
-"""Processes of this machine as /proc shows them, and the one among them that launched this rank.
+"""Processes of this machine from /proc, among them the launcher of this rank.
 
-A launcher that is killed takes nothing with it: its ranks are handed to another parent and train on, unseen. So they look
-after it. Whoever starts `python train.py` from a shell has no launcher, and outlives that shell.
+The ranks of a killed launcher get another parent process and keep training, unsupervised; so each rank watches its
+launcher. A process started from a shell by `python train.py` has no launcher, and may outlive the shell.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from typing import NamedTuple
 
 _LAUNCHERS = ("accelerate", "torchrun", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 _AGENT = "TORCHELASTIC_RUN_ID"
-"""Set by torch's launcher for its workers, and by nobody else."""
+"""Environment variable that only torch's launcher sets, for its workers."""
 _SIMPLE = "ACCELERATE_MIXED_PRECISION"
-"""Set by accelerate for its workers. A user may have set it too, so it takes a launcher among the ancestors besides."""
+"""Environment variable that accelerate sets for its workers. A user may set it too, so an ancestor process has to be
+accelerate as well."""
 
 
 class Process(NamedTuple):
-    """A process of this machine, told apart from a later one with the same number."""
+    """A process of this machine, distinguished from a later process with the same ID by its start time."""
 
     pid: int
     began: int
-    """Ticks since the machine was started."""
+    """Start time of the process, in clock ticks since the machine was booted."""
 
     @staticmethod
     def find(pid: int) -> Process | None:
-        """The process with that number; None if there is none, or no /proc."""
+        """The process with the given ID; None if there is none, or no /proc."""
         fields = _stat(pid)
         return None if fields is None else Process(pid, int(fields[19]))
 
     def state(self) -> str:
-        """Letter of its state (`T` stopped, `t` held by a debugger); `X` once it has ended."""
+        """State of the process as a letter (`T` stopped, `t` held by a debugger); `X` once it has ended."""
         fields = _stat(self.pid)
         if fields is None or int(fields[19]) != self.began or fields[0] in "ZX":
             return "X"
         return fields[0]
 
     def cpu(self) -> int:
-        """Ticks of CPU time that it has used."""
+        """CPU time used by the process, in clock ticks."""
         fields = _stat(self.pid)
         return 0 if fields is None else int(fields[11]) + int(fields[12])
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on: the name before them may hold anything."""
+    """Fields of /proc/PID/stat from the state on; the name before them may contain any character."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -53,18 +54,19 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def has_proc() -> bool:
-    """Whether processes can be looked at here at all."""
+    """True if this system has a readable /proc."""
     return _stat(os.getpid()) is not None
 
 
 def find_launcher(environment: Mapping[str, str]) -> Process | None:
-    """The launcher of this rank, which need not be its parent: a script may stand between.
+    """The launcher of this rank, which need not be its parent: a script may stand between them. None without one.
 
     Under torch's launcher (torchrun, `accelerate launch` of several processes) it is the nearest ancestor that was not
-    itself started with this launch's variables; under `accelerate launch` of one process, the nearest that is accelerate.
+    itself started with this launch's variables; under `accelerate launch` of one process, the nearest ancestor that is
+    accelerate.
 
     Args:
-        environment: of this process.
+        environment: environment variables of this process.
     """
     if _AGENT in environment:
         mine = f"{_AGENT}={environment[_AGENT]}"
@@ -72,7 +74,7 @@ def find_launcher(environment: Mapping[str, str]) -> Process | None:
             try:
                 given = Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
             except OSError:
-                return process  # somebody else's, so not one of ours in between
+                return process  # belongs to another user, so it is no process of this launch
             if mine not in given:
                 return process
     elif _SIMPLE in environment:
@@ -81,7 +83,7 @@ def find_launcher(environment: Mapping[str, str]) -> Process | None:
 
 
 def _ancestors() -> Iterator[Process]:
-    """Parent, its parent, and so on."""
+    """Ancestors of this process: its parent, the parent's parent, and so on."""
     pid = os.getppid()
     while pid > 0 and (fields := _stat(pid)) is not None:
         yield Process(pid, int(fields[19]))
@@ -97,7 +99,7 @@ def _is_launcher(pid: int) -> bool:
 
 
 def siblings() -> list[int]:
-    """Living children of this process's parent, itself included: under torch's launcher, the ranks of this machine."""
+    """IDs of the living children of this process's parent, its own included: the local ranks under torch's launcher."""
     parent, found = str(os.getppid()), []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))

@@ -1,7 +1,7 @@
-"""What the ranks of a launch say to each other in its key-value store: who is here, whether to begin, why it is over.
+"""Messages between the ranks of a launch in its key-value store: arrival, permission to begin, verdict at the end.
 
-It needs no process group, so a rank can speak before there is one and after it broke. The first word on why a launch is
-over holds; the rank that gave it says it aloud, and all others leave in silence.
+The store needs no process group, so ranks can exchange messages before a group exists and after it failed. The first
+verdict (`Word`) on why a launch is over is in force; the rank that gave it reports it, and all others exit silently.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dist_gan.runtime.launcher import siblings
 from dist_gan.wording import safe
 
 OVER = "over"
-"""Empty from the moment at which training may begin; the word on why it is over from then on, or instead."""
+"""Key of the verdict on why the launch is over; its value is empty while training may run, and absent before that."""
 _HERE, _OBJECTION, _HEARD, _ATTEMPT = "here", "objection", "heard", "attempt"
 _LOOK_S = (0.1, 1.0)
-"""Between two questions while waiting, at first and at last."""
+"""Shortest and longest interval, in seconds, between requests while waiting."""
 _TOLD_AFTER_S = 30.0
-"""A wait as long as that is spoken of."""
+"""Seconds of waiting after which a message names the ranks that have not joined."""
 _HEARD_WITHIN_S = 7.0
-"""The others look every five seconds."""
+"""Time limit, in seconds, for all ranks to read a verdict; they read every five seconds."""
 
 
 class NotMet(RuntimeError):
@@ -36,23 +36,23 @@ class NotMet(RuntimeError):
 
 
 class Word(NamedTuple):
-    """Why a launch is over."""
+    """A verdict: the reason for which a launch is over."""
 
     rank: int
-    """Who says so."""
+    """Rank that gave the verdict."""
     outcome: str
     code: int
     reason: str
     missing: tuple[tuple[int, int, str], ...] = ()
-    """Rank, process and host of those that will not hear it."""
+    """Rank, process ID and host of each rank that cannot read the verdict."""
     hanging: tuple[int, ...] = ()
-    """Ranks that live and do not go on."""
+    """Ranks that live, but make no progress."""
     at_end: bool = False
-    """Whether training has ended as it should, so that whoever leaves now is not missed."""
+    """True if training ended normally, so that a rank that exits from now on is not reported as missing."""
 
     @staticmethod
     def read(data: bytes) -> Word | None:
-        """The word in the store's bytes; None for no word."""
+        """The verdict in a value of the store; None for an empty value."""
         if not data:
             return None
         rank, outcome, code, reason, missing, hanging, at_end = json.loads(data)
@@ -60,34 +60,34 @@ class Word(NamedTuple):
 
 
 class Meeting:
-    """The launch's store, for what is said outside of process groups.
+    """The launch's key-value store, for messages outside of process groups.
 
     Args:
-        store: connection to it; the process groups take it over once training begins.
-        rank: of this process.
-        world_size: of the launch.
+        store: connection to the store; the process groups take it over once training begins.
+        rank: rank of this process.
+        world_size: number of processes of the launch.
     """
 
     def __init__(self, store: Store, *, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
 
     def private(self) -> Meeting:
-        """The same over a connection that nobody else waits on."""
-        store: Any = self.store  # its stubs lack clone
+        """A `Meeting` in the same store, over a connection of its own that no other thread uses."""
+        store: Any = self.store  # torch's type stubs lack `clone`
         return Meeting(store.clone(), rank=self.rank, world_size=self.world_size)
 
     # -- before the first step ------------------------------------------------------------------------------------
 
     def open_for(self, attempt: int, *, patience_s: float, tell: bool = True) -> Word | None:
-        """Waits until every rank is here, and lets training begin; the word instead, if some rank has one. Rank 0 alone.
+        """Waits until every rank has joined, and permits training; returns a verdict if there is one. Rank 0 only.
 
         Args:
-            attempt: number of this start, which the others learn by it.
-            patience_s: seconds to wait.
-            tell: whether a long wait is spoken of.
+            attempt: number of this start, sent to the other ranks.
+            patience_s: time limit, in seconds.
+            tell: True to announce a long wait.
 
         Raises:
-            NotMet: some rank is not here after all that time; names them.
+            NotMet: some ranks did not join within the time limit; the sentence names them.
         """
         keys = [f"{_HERE}/{rank}" for rank in range(1, self.world_size)]
         began, pause, told = time.monotonic(), _LOOK_S[0], not tell
@@ -108,10 +108,10 @@ class Meeting:
         return Word.read(self.store.compare_set(OVER, "", ""))
 
     def join(self, *, patience_s: float) -> int | Word:
-        """Says that this rank is here, and waits for rank 0; the attempt's number, or the word on why it is over already.
+        """Announces this rank, and waits for rank 0; returns the number of the attempt, or a verdict if there is one.
 
         Raises:
-            NotMet: rank 0 is silent for all that time.
+            NotMet: rank 0 did not answer within `patience_s` seconds.
         """
         self.store.set(f"{_HERE}/{self.rank}", _name())
         if (word := self._verdict(patience_s)) is not None:
@@ -119,7 +119,7 @@ class Meeting:
         return int(self.store.get(_ATTEMPT))
 
     def object(self, word: Word, *, patience_s: float) -> Word:
-        """Hands rank 0 a reason not to begin, and waits for its word: this one, an earlier one, or its own."""
+        """Sends rank 0 an objection; returns the verdict in force: this one, an earlier one, or rank 0's."""
         self.store.compare_set(_OBJECTION, "", json.dumps(word))
         self.store.set(f"{_HERE}/{self.rank}", _name())
         try:
@@ -128,7 +128,7 @@ class Meeting:
             return self.end(word)
 
     def objection(self) -> Word | None:
-        """What keeps some rank from beginning."""
+        """The first objection of a rank to the start, or else the verdict; None if there is neither."""
         return Word.read(self.store.compare_set(_OBJECTION, "", "")) or self.over()
 
     def _verdict(self, patience_s: float) -> Word | None:
@@ -144,7 +144,7 @@ class Meeting:
         return ", ".join(str(r) for r in range(1, self.world_size) if not self.store.check([f"{_HERE}/{r}"]))
 
     def some_have_died_here(self, environment: Mapping[str, str]) -> str | None:
-        """Ranks of this machine that never joined although the launcher has fewer processes left than it started."""
+        """Local ranks that never joined, as text, if the launcher has lost processes; None otherwise."""
         local, first = (
             int(environment.get("LOCAL_WORLD_SIZE", "1")),
             self.rank - int(environment.get("LOCAL_RANK", "0")),
@@ -154,23 +154,23 @@ class Meeting:
         absent = [r for r in range(first, first + local) if r != self.rank and not self.store.check([f"{_HERE}/{r}"])]
         return ", ".join(map(str, absent)) or None
 
-    # -- why it is over -------------------------------------------------------------------------------------------
+    # -- verdict -------------------------------------------------------------------------------------------
 
     def end(self, word: Word) -> Word:
-        """Says that the launch is over, and why; the word that holds, which is an earlier one if there is one."""
+        """Publishes a verdict; returns the one in force, which is an earlier one if there is one."""
         held = Word.read(self.store.compare_set(OVER, "", json.dumps(word)))
         return held or word
 
     def over(self) -> Word | None:
-        """The word on why the launch is over."""
+        """The verdict on why the launch is over; None while there is none."""
         return Word.read(self.store.get(OVER)) if self.store.check([OVER]) else None
 
     def has_heard(self) -> None:
-        """Says that this rank knows why the launch is over."""
+        """Reports that this rank has read the verdict."""
         self.store.add(_HEARD, 1)
 
     def wait_until_heard(self, word: Word, *, seconds: float = _HEARD_WITHIN_S) -> None:
-        """Waits until all ranks that can hear a word have: the store may end with the first machine's launcher."""
+        """Waits until all reachable ranks have read a verdict: the store may end with the first machine's launcher."""
         expected = self.world_size - 1 - len([rank for rank, _, _ in word.missing if rank != self.rank])
         deadline = time.monotonic() + seconds
         while self.store.add(_HEARD, 0) < expected and time.monotonic() < deadline:
@@ -178,7 +178,7 @@ class Meeting:
 
 
 def open_meeting(environment: Mapping[str, str], *, patience_s: float) -> Meeting | None:
-    """The meeting of this launch; None for a launch of one process.
+    """Connects to the launch's store; None for a launch of one process.
 
     Raises:
         NotMet: the launch's store cannot be reached.
@@ -202,13 +202,13 @@ def open_meeting(environment: Mapping[str, str], *, patience_s: float) -> Meetin
         )  # fmt: skip
     except RuntimeError as error:
         raise NotMet(f"{_name()} cannot meet the other ranks at {address}:{port} ({_line(error)})") from error
-    # Under a restarting launcher the store outlives the workers, and the addresses of dead ones would be dialled.
+    # A restarting launcher's store outlives the workers; without a prefix, the addresses of dead ones would be used.
     apart = f"dist_gan/attempt-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return Meeting(PrefixStore(apart, store), rank=rank, world_size=world_size)
 
 
 def _wait_for_port(address: str, port: int, patience_s: float) -> None:
-    """Waits where a signal is heard, which torch's own way of connecting does not allow."""
+    """Waits until the store's port is open, with signals handled meanwhile: torch's TCPStore would block them."""
     deadline = time.monotonic() + patience_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""How exact the device's arithmetic is: settings of torch, made before the device is first used."""
+"""Precision and determinism of the device's arithmetic: settings of torch, made before the device is first used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_gan.config import RuntimeSection
 
 
 def set_numerics(section: RuntimeSection) -> None:
-    """Makes fp32 what it says, and kernels deterministic where that is asked for.
+    """Sets the precision of fp32 arithmetic, and selects deterministic kernels if `runtime.deterministic` is set.
 
     torch leaves TF32 (10 bits of mantissa) on for convolutions and off for matrix products; here both follow
     `runtime.tf32`. The older names are used: once the newer `fp32_precision` is set, reading these raises.
@@ -18,8 +18,8 @@ def set_numerics(section: RuntimeSection) -> None:
     torch.backends.cudnn.allow_tf32 = section.tf32
     torch.backends.cuda.matmul.allow_tf32 = section.tf32
     if section.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # is read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is initialised
         torch.use_deterministic_algorithms(True)
-        # Otherwise each `torch.empty` is filled with NaN first, by a kernel of its own; nothing here reads what it has
-        # not written.
+        # Otherwise a kernel fills each `torch.empty` with NaN first; the program never reads memory that it has not
+        # written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -24,24 +24,24 @@ OptimSection = AdamSection | SGDSection
 
 
 class Update(NamedTuple):
-    """What became of one update."""
+    """Result of one update of a player."""
 
     norm: float
     """Norm of the reduced gradient before clipping: the same on every rank, and so their vote on finiteness."""
     applied: bool
-    """Whether the weights moved."""
+    """True if the weights were changed; False for a skipped update."""
     culprit: str | None
     """First parameter whose gradient was not finite."""
 
 
 class Player(ABC):
-    """One network and its optimizer under some strategy.
+    """One network and its optimizer under a parallel strategy: one process, DDP or ZeRO.
 
     Args:
         name: `generator` or `discriminator`.
-        module: the network itself, for the other player's turn and for its buffers.
+        module: the bare network, for the other player's turn and for its buffers.
         clip: largest norm of the whole gradient; 0 for no clipping.
-        layout: short name of the order in which gradients are summed over ranks; empty where there is one order only.
+        layout: short name of the order in which gradients are summed over ranks; empty if only one order exists.
     """
 
     def __init__(self, name: str, module: nn.Module, *, clip: float, layout: str = "") -> None:
@@ -58,7 +58,7 @@ class Player(ABC):
     @property
     @abstractmethod
     def callable(self) -> nn.Module:
-        """What is called in its own turn."""
+        """The module that is called in the player's own turn."""
 
     def rest(self) -> None:
         """Freezes the network for the other player's turn."""
@@ -98,7 +98,7 @@ class Player(ABC):
 
     @abstractmethod
     def load_full_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `full_tensors` gave, from any strategy. Collective.
+        """Restores a state from `full_tensors` of any strategy. Collective.
 
         Raises:
             ValueError: names or shapes are not this network's.
@@ -129,19 +129,19 @@ class Player(ABC):
                 yield f"optimizer/{name}/{key}", self.full_moment(name, key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint keeps."""
+        """Unsharded tensors that a checkpoint stores."""
         return self.full_tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Restores a state from `tensors`."""
         self.load_full_tensors(tensors)
 
     def values(self) -> dict[str, Any]:
-        """Nothing but tensors is kept: learning rates are functions of the images seen."""
+        """Empty: all state is in tensors; learning rates are functions of the images seen."""
         return {}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Nothing but tensors is kept. Raises ValueError if there are values."""
+        """Accepts an empty state only: all state is in tensors. Raises ValueError if there are values."""
         if values:
             raise ValueError(f"{self.name}: no values were kept, and {sorted(values)[:5]} are there")
 
@@ -189,11 +189,11 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, beta2: float) -> N
 
 
 class TorchPlayer(Player):
-    """One process, or DDP around the network.
+    """A player on one process, or with DDP around the network.
 
     Args:
-        wrapped: what is called in its own turn; the module, or DDP around it.
-        optimizer: over the module's parameters, in their order; as accelerate has prepared it.
+        wrapped: the module called in the player's own turn: the network, or DDP around it.
+        optimizer: optimizer of the module's parameters, in their order, as prepared by accelerate.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class TorchPlayer(Player):
         for name, parameter in self.parameters.items():
             for key in keys:
                 value = tensors[f"optimizer/{name}/{key}"]
-                # A moment lies in memory as its parameter does: fused optimizers want both alike.
+                # A moment has the memory format of its parameter, as fused optimizers require.
                 like = value.to(parameter.device) if key == "step" else parameter
                 self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
 

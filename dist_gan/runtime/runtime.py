@@ -41,11 +41,11 @@ class Runtime:
     gathers, never in the way of a kernel), writer (gloo: for the checkpoint alone).
 
     Args:
-        section: how the machine is used.
-        launch: what the launcher asked for.
-        meeting: of the launch's ranks, once all are there; without it they meet here.
-        on_lost: is told which rank is missing before this process ends for it.
-        on_over: is told why the launch is over, if another rank has said so, before this process ends for it.
+        section: settings of devices, precision and processes.
+        launch: settings from the launcher's environment.
+        meeting: the launch's store, after all ranks have joined; None to join here.
+        on_lost: called with the missing ranks before this process ends because of them.
+        on_over: called with another rank's verdict that the launch is over, before this process ends.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Runtime:
         timeout = timedelta(seconds=section.start_timeout_s)
         meeting = meeting or open_meeting(os.environ, patience_s=section.start_timeout_s)
         self.meeting: Meeting | None = None
-        """Of the launch's ranks, on the connection of the signs of life."""
+        """The launch's store, over the connection of the heartbeats; None for a lone process."""
         self._heartbeat: Heartbeat | None = None
         if meeting is not None:
             self.meeting = meeting.private()
-            # Before the groups: a rank that dies while they are being made is missed, too.
+            # Started before the groups, so that a rank that dies while they are being created is detected, too.
             self._heartbeat = Heartbeat(
                 self.meeting,
                 patience_s=section.start_timeout_s,
@@ -102,12 +102,12 @@ class Runtime:
             "the control group": (self._control, cpu),
             "the checkpoints' group": (self._writer, cpu),
         }
-        limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # before the heartbeat loses patience
+        limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # shorter than the heartbeat's time limit
         first_reduction(places, world_size=self.world_size, timeout_s=limit)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes logs."""
+        """True on rank 0, which writes the logs."""
         return self.rank == 0
 
     def _set_threads(self) -> None:
@@ -120,7 +120,7 @@ class Runtime:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
     def describe(self) -> dict[str, Any]:
-        """What the run is started on, for its first event."""
+        """Device, precision, threads and strategy of the start, for the run's first event."""
         return {
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
@@ -142,9 +142,9 @@ class Runtime:
         return {"accelerate": accelerate.__version__}
 
     def seed(self, value: int) -> None:
-        """Seeds torch's generator of the CPU, and of this process' device: what dropout and noise inside networks use.
+        """Seeds torch's generators of the CPU and of this process' device, used by dropout and noise in networks.
 
-        `torch.manual_seed` asks every backend that torch knows, at 0.2 ms a call, for the same numbers.
+        `torch.manual_seed` gives the same numbers, but visits every backend that torch knows, at 0.2 ms a call.
         """
         torch.default_generator.manual_seed(value)
         if self.device.type == "cuda":
@@ -191,7 +191,7 @@ class Runtime:
         accelerator.state.select_deepspeed_plugin(name)
         accelerator.deepspeed_plugin.deepspeed_config.update(settings)
         engine, _ = accelerator.prepare(module, optimizer)
-        if self.world_size > 1:  # DeepSpeed's copy of the training group has a timeout of its own
+        if self.world_size > 1:  # DeepSpeed's copy of the training group has its own timeout
             self._engine_groups = [engine.seq_data_parallel_group]
             self._set_timeout(self.section.start_timeout_s, self._engine_groups)
         return engine_player(name, engine, optimizer, stage=stage, clip=section.clip, settings=settings)
@@ -262,7 +262,7 @@ class Runtime:
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+        """True on every rank if `flag` is set on any. Collective."""
         self.mark("a vote of all ranks")
         if self.world_size == 1:
             return flag
@@ -306,7 +306,7 @@ class Runtime:
         return list(json.loads(self._from_rank_zero(joined, group)))
 
     def _from_rank_zero(self, data: bytes, group: dist.ProcessGroup | None) -> bytes:
-        """What rank 0 has, on every rank."""
+        """Broadcasts the bytes of rank 0 to every rank."""
         length = torch.tensor(len(data))
         dist.broadcast(length, src=0, group=group)
         held = _as_bytes(data) if self.is_main else torch.empty(int(length), dtype=torch.uint8)
@@ -314,7 +314,7 @@ class Runtime:
         return bytes(held.numpy())
 
     def agree(self, problem: str | None) -> None:
-        """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
+        """Raises on every rank if any rank has a problem, with the sentence of the lowest such rank. Collective."""
         problems = self.gather_json(problem)
         for rank, text in enumerate(problems):
             if text is not None:
@@ -360,12 +360,12 @@ class Runtime:
     # -- time -----------------------------------------------------------------------------------------------------
 
     def mark(self, place: str) -> None:
-        """Tells the other ranks, in the background, what begins here; every rank marks the same places in one order."""
+        """Publishes a landmark in the background; every rank passes the same landmarks in the same order."""
         if self._heartbeat is not None:
             self._heartbeat.mark(place)
 
     def lost(self) -> Missing:
-        """Which rank died or hangs, once a collective has failed."""
+        """Dead and hanging ranks, after a collective has failed."""
         return self._heartbeat.missing() if self._heartbeat is not None else Missing(None)
 
     def shorten_timeout(self) -> None:
@@ -391,13 +391,13 @@ class Runtime:
 
     @property
     def place(self) -> str:
-        """What this rank began last; empty for a lone process."""
+        """Name of the landmark that this rank passed last; empty for a lone process."""
         return self._heartbeat.place if self._heartbeat is not None else ""
 
     def close(self) -> None:
-        """Leaves the process groups, on all ranks together: over NCCL that waits for every one of them.
+        """Destroys the process groups, on all ranks together: NCCL waits for every rank.
 
-        Only after a barrier that succeeded. Who leaves otherwise ends its process, and so its share of the groups.
+        Called only after a successful barrier. After a failure, a rank ends its process instead.
         """
         if self._heartbeat is not None:
             self._heartbeat.close()

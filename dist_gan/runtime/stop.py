@@ -18,19 +18,20 @@ RELAYED_WITHIN_S = 5.0
 
 
 class Stopped(BaseException):
-    """A process was asked to stop before it trained; no error, and not to be caught as one."""
+    """Request to stop that arrived before training began; not an error, hence not an `Exception`."""
 
 
 class StopRequest:
-    """Whether somebody has asked this process to stop.
+    """Stop requests to this process, by signal.
 
-    Until training begins, the first signal raises `Stopped`: there is nothing to save. After that it sets a flag and
-    nothing else; a second one, later, leaves at once, without saving: the last committed checkpoint is whole whatever was
-    being written. Loader threads never see signals. A hangup that is ignored, as under nohup, stays ignored.
+    Before training begins, the first signal raises `Stopped`: there is nothing to save. During training, the first
+    signal only sets a flag; a later second one ends the process at once, without saving: the last committed checkpoint
+    is intact whatever was being written. Loader threads never receive signals. An ignored HUP, as under nohup, stays
+    ignored.
 
     Args:
-        names: signals that are a request, without `SIG`.
-        on_second: is told the name of the second signal before the process ends for it.
+        names: signals that request a stop, without `SIG`.
+        on_second: called with the name of the second signal before the process ends.
     """
 
     def __init__(self, names: tuple[str, ...] = SIGNALS, *, on_second: Callable[[str], object] | None = None) -> None:
@@ -47,12 +48,12 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """True if a stop has been requested."""
         return self.signal is not None
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """Within it no signal interrupts: what is half done would be left without a word. It is obeyed at the end."""
+        """Context that defers stop signals to its end, so that they do not interrupt a half-done operation."""
         self._deferred, before = True, self._deferred
         try:
             yield
@@ -62,13 +63,13 @@ class StopRequest:
             raise Stopped(self.signal)
 
     def training_begins(self) -> None:
-        """From here on a request is obeyed at the end of a step."""
+        """Switches to training: from now on a stop request takes effect at the end of a step."""
         self._deferred = True
         if self.signal is not None:
             raise Stopped(self.signal)
 
     def ask(self, name: str) -> None:
-        """The same request without a signal; `name` is what the outcome calls it."""
+        """Requests a stop without a signal; `name` is its name in `outcome.json`."""
         if self.signal is None:
             self.signal, self._at = name, time.monotonic()
 

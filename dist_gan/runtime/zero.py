@@ -34,18 +34,18 @@ GATHERED_AT_ONCE = 2**26
 def engine_settings(
     launch_options: Mapping[str, Any], *, stage: int, offload: bool, clip: float, elements: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings for one player: ours, over the launch's DeepSpeed file.
+    """DeepSpeed's settings for one player: the launch's DeepSpeed file, overridden by the run's settings.
 
     Args:
-        launch_options: `zero_optimization` of the launch's DeepSpeed file, and what else that may hold.
+        launch_options: `zero_optimization` and the other entries of the launch's DeepSpeed file.
         stage: ZeRO stage.
-        offload: whether the moments lie in the host's memory.
+        offload: True to keep the optimizer's moments in the host's memory.
         clip: largest norm of the whole gradient; 0 for no clipping.
-        elements: numbers in the player's parameters.
+        elements: total number of elements of the player's parameters.
     """
     zero = dict(launch_options.get("zero_optimization", {})) | {"stage": stage}
     bucket = zero.get("reduce_bucket_size")
-    # DeepSpeed allocates the bucket whole, 5e8 numbers unless told otherwise; more than all gradients never lie in it.
+    # DeepSpeed allocates the whole bucket, by default 5e8 elements; all gradients together have only `elements`.
     zero["reduce_bucket_size"] = min(int(bucket), elements) if isinstance(bucket, int | float) else elements
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()} | dict(
@@ -76,11 +76,11 @@ def engine_player(
 
     Args:
         name: `generator` or `discriminator`.
-        engine: what `deepspeed.initialize` gave.
-        optimizer: the one that the engine was given.
+        engine: engine returned by `deepspeed.initialize`.
+        optimizer: optimizer that was passed to the engine.
         stage: ZeRO stage.
         clip: largest norm of the whole gradient; 0 for no clipping.
-        settings: those of the engine; what they say of ZeRO decides in which order gradients are summed.
+        settings: settings of the engine; the ZeRO entries determine the order in which gradients are summed.
     """
     told = json.dumps({"stage": stage, **settings["zero_optimization"]}, sort_keys=True, default=str)
     layout = f"zero{stage}, {hashlib.sha256(told.encode()).hexdigest()[:16]}"

@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_gan import storage, urls
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import last_resort, print_anything, report, safe
+
+_CLASSES_SHOWN = 1000
+"""Of a data set; ImageNet has as many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends with what is wrong with the arguments, which is shown as safely as any other text from outside."""
+        super().error(safe(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dist-gan", description=__doc__)
+    parser = _Parser(prog="dist-gan", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     pack = commands.add_parser(
@@ -223,7 +232,7 @@ def _inspect(options: argparse.Namespace) -> int:
     elif "config.yaml" in names or "checkpoints" in names:
         _describe_run(url)
     elif "model.safetensors" in names and "config.json" in names:
-        content = records.load(storage.join(url, "config.json"), limit=2**20).values
+        content = _exported_facts(url)
         _show(*json.dumps(content, indent=1).splitlines())
     elif "manifest.json" in names:
         _describe_shards(url, read_manifest(url))
@@ -232,6 +241,17 @@ def _inspect(options: argparse.Namespace) -> int:
             f"{storage.redact(url)}: neither a run, nor a checkpoint, nor shards with a manifest, nor an exported generator"
         )
     return 0
+
+
+def _exported_facts(url: str) -> dict[str, Any]:
+    from dist_gan import records
+
+    try:
+        return records.load(storage.join(url, "config.json"), limit=2**20).values
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{storage.redact(url)}/config.json: a link that leads nowhere; export the generator again"
+        ) from error
 
 
 def _describe_shards(url: str, manifest: Any) -> None:
@@ -244,8 +264,10 @@ def _describe_shards(url: str, manifest: Any) -> None:
     if manifest.classes is None:
         _show("  no labels")
     else:
-        pairs = zip(manifest.classes, manifest.class_counts, strict=True)
-        _show(f"  {len(manifest.classes)} classes: " + ", ".join(f"{name} {count:,}" for name, count in pairs))
+        pairs = list(zip(manifest.classes, manifest.class_counts, strict=True))
+        more = f", and {len(pairs) - _CLASSES_SHOWN:,} more" if len(pairs) > _CLASSES_SHOWN else ""
+        counts = ", ".join(f"{name} {count:,}" for name, count in pairs[:_CLASSES_SHOWN])
+        _show(f"  {len(pairs):,} classes: {counts}{more}")
 
 
 def _describe_checkpoint(manifest: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dist_gan import urls
 from dist_gan.config import DCGANNetworks, MLPNetworks, PointsData, Ramp, RunConfig, ShapesData, ShardsData
+from dist_gan.config_values import same_folder
 from dist_gan.mistakes import UserError
 from dist_gan.wording import redact, scheme_of, shown
 
@@ -79,7 +80,7 @@ def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple
                 urls.check_url(url, place=place)
             except UserError as error:
                 found.append(((place,), str(error)))
-        if data.url in data.mix:
+        if same_folder(data.url) in map(same_folder, data.mix):
             found.append((("data.mix",), f"data.mix: {redact(data.url)!r} is data.url too; give it data.weight"))
         is_remote = any(urls.local_path(url) is None for url in data.sources)
         if is_remote and data.patience_s >= config.runtime.step_timeout_s:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from dist_gan.urls import normal
-from dist_gan.wording import unprintable
+from dist_gan.urls import is_homeless, normal
+from dist_gan.wording import scheme_of, unprintable
 
 _NUMBER = re.compile(
     r"([-+]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(k|K|M|G|T|Ki|Mi|Gi)?",
@@ -47,13 +48,21 @@ def _place(value: str) -> str:
         raise ValueError("a path or URL without signs that do not print")
     if value and not normal(value):
         raise ValueError("a path or URL that names something")
+    if is_homeless(value):
+        raise ValueError("a path in the home folder of a user who is known here, or one that begins with ./~")
     return normal(value)
+
+
+def same_folder(url: str) -> str:
+    """One text for all spellings of a folder: without a `/` at its end, and without `.` and `..` in a local path."""
+    found = normal(url)
+    return posixpath.normpath(found) if scheme_of(found) == "file" else found.rstrip("/")
 
 
 def each_folder_once(value: Any) -> Any:
     """Validates the folders of a mixture: raises ValueError if two spellings name the same folder."""
     if isinstance(value, Mapping):
-        folders = [normal(key) for key in value if isinstance(key, str)]
+        folders = [same_folder(key) for key in value if isinstance(key, str)]
         if len(set(folders)) < len(folders):
             raise ValueError("folders that differ; two of these are the same one")
     return value

@@ -96,10 +96,17 @@ def export_generator(url: str, dest: str) -> Averaged:
         TrainingFailed: the destination cannot be written.
     """
     refuse_file_name(dest, offered="a new folder, into which model.safetensors and config.json are written")
-    if storage.list_names(dest):
+    try:
+        is_new = not storage.list_names(dest)
+    except OSError as error:
+        raise UserError(f"{storage.redact(dest)}: cannot be written: {storage.why(error)}") from error
+    if not is_new:
         raise UserError(f"{storage.redact(dest)}: is not empty; give a new folder")
     found = open_generator(url)
-    storage.make_folder(dest)
+    try:
+        storage.make_folder(dest)
+    except OSError as error:
+        raise UserError(f"{storage.redact(dest)}: cannot be written: {storage.why(error)}") from error
     storage.publish(storage.join(dest, WEIGHTS), tensorfile.to_bytes(dict(found.module.state_dict())))
     facts = {
         "format": FORMAT,

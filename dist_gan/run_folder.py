@@ -28,6 +28,8 @@ LOGS = (STARTS, "metrics.jsonl", "events.jsonl")
 _FILES = (OUTCOME, ATTEMPTS, "config.yaml", *LOGS)
 _FOLDERS = ("checkpoints", "samples", "tensorboard")
 _MOST_ATTEMPTS = 10**9
+_LONGEST_OWNER = 300
+"""Signs of what a living process says of itself in `run.lock`."""
 
 
 class RunFolder:
@@ -60,14 +62,16 @@ class RunFolder:
     def _claim(self) -> IO[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 - held as long as the run lives
+            # It is written anew at each start: never through a link into a file that is not the run's.
+            handle = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            lock = open(handle, "r+", errors="replace")  # noqa: SIM115 - held as long as the run lives
         except OSError as error:
             raise UserError(f"run.dir: cannot write in {self.path}: {storage.why(error)}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            owner = lock.read(_LONGEST_OWNER).strip() or "another process"
             lock.close()
             raise UserError(
                 f"run.dir: {self.path} is in use by {owner}; wait for it to end, stop it, or choose another run.dir"
@@ -82,7 +86,8 @@ class RunFolder:
 
     def _sign(self) -> None:
         try:
-            self._lock.truncate(0)
+            self._lock.seek(0)
+            self._lock.truncate()
             self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
             self._lock.flush()
         except OSError as error:

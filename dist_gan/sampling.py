@@ -14,7 +14,10 @@ from dist_gan.draws import Draws
 from dist_gan.evaluate import sample, to_pictures
 from dist_gan.export import Averaged, refuse_file_name
 from dist_gan.types import UserError
+from dist_gan.wording import shown
 
+MAX_PICTURES = 100_000
+"""Of one command, which holds them all in memory; the usual measures of a generator take half as many."""
 _NAMES_SHOWN = 20
 OFFERED = "a name that ends in .png for a grid, or a folder for single PNGs"
 
@@ -23,8 +26,13 @@ def check_destination(dest: str) -> None:
     """Raises UserError if samples cannot be written to `dest`; called before a generator is opened."""
     if storage.local_path(dest) is None:
         raise UserError(f"{storage.redact(dest)}: samples are written to a disk of this machine; give {OFFERED}")
-    if not dest.lower().endswith(".png"):
+    if not _is_grid(dest):
         refuse_file_name(dest, offered=OFFERED)
+
+
+def _is_grid(dest: str) -> bool:
+    """Whether a destination is one picture; a `/` at its end says that it is a folder."""
+    return dest.lower().endswith(".png")
 
 
 def class_of(label: str | int | None, source: Averaged) -> int | None:
@@ -81,6 +89,11 @@ def write_samples(
         raise UserError(f"--count: {count} is no number of pictures; give 1 or more")
     if steps < 0:
         raise UserError(f"--interpolate: {steps} is no number of pictures; give 1 or more, or leave it out")
+    if count * max(1, steps) > MAX_PICTURES:
+        raise UserError(
+            f"{'--interpolate' if steps else '--count'}: {shown(count * max(1, steps))} pictures are more than are made at "
+            f"once ({MAX_PICTURES:,}); give less, and another --seed for others"
+        )
     generator, classes = source.module.float(), int(source.section.classes)
     number = class_of(label, source)
     of_class = "" if number is None else f" of class {number}"
@@ -96,7 +109,7 @@ def write_samples(
         columns = max(1, round(len(images) ** 0.5))
     place = storage.local_path(dest) or Path(dest)
     try:
-        if place.suffix.lower() == ".png":
+        if _is_grid(dest):
             place.parent.mkdir(parents=True, exist_ok=True)
             pictures.write_png(str(place), pictures.grid(images, columns=columns))
         else:

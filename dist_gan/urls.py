@@ -32,6 +32,11 @@ def normal(url: str) -> str:
     return os.path.expanduser(path)
 
 
+def is_homeless(url: str) -> bool:
+    """Whether a path begins with the home folder of somebody who is not known here, so that `~` would be a folder's name."""
+    return scheme_of(url) == "file" and normal(url).startswith("~")
+
+
 def check_url(url: str, *, place: str) -> str:
     """Returns the URL if its scheme is allowed.
 
@@ -66,6 +71,10 @@ def place_of(url: str, *, place: str) -> str:
     found = normal(check_url(url, place=place))
     if not found:
         raise UserError(f"{place}: {url!r} names no file or folder; give a path or a URL")
+    if is_homeless(url):
+        raise UserError(
+            f"{place}: {url!r} is in the home folder of nobody who is known here; begin it with ./~ if so named"
+        )
     return found
 
 

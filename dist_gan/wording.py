@@ -19,10 +19,10 @@ _KNOWN = "file|memory|s3|s3a|s3n|gs|gcs|az|abfs|abfss|adl|https?|hf|ftp|sftp|ssh
 _START = re.compile(
     r"(?<![^\W_])pipe:(?!\.\.\.)"  # webdataset's command, up to the end of the text
     r"|(?<![^\W_])data:(?=[^\s'\".])"
-    r"|[\w+.\-]*:/+"  # a scheme, with one slash or more
+    r"|(?<![\w+.\-])[\w+.\-]*:/+"  # a scheme, with one slash or more; looked for once in a word, which may be long
     rf"|(?<![^\W_])(?:{_KNOWN}):(?=[^\s'\"])"  # a scheme without any
     r"|(?<![\w/.~:\-])//"  # a URL that leaves its scheme out
-    r"|(?:(?<=[\s'\"`(\[{{=,])|^)[^\s:/'\"`(\[{{=,]+:(?=[^\s'\"][^\s]*@)",  # user:secret@ alone
+    r"|(?:(?<=[\s'\"`(\[{{=,])|^)[^\s:/'\"`(\[{{=,]+:(?=[^\s'\"][^\s@]{0,4096}@)",  # user:secret@ alone, no longer than any is
     re.IGNORECASE,
 )
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

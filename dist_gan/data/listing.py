@@ -20,6 +20,8 @@ _LABEL_FILE_BYTES, _LABEL_BYTES = 2**20, 2**10
 """Largest size of a `dataset.json`, in bytes: a constant part, and a part per image."""
 HIDDEN = "hidden files"
 _KINDS_SHOWN = 20
+_LONGEST_PATH, _DEEPEST_PATH = 4096, 64
+"""Signs of a path, and folders in it."""
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
@@ -142,10 +144,20 @@ def list_images(
     return Listing(entries=entries, classes=classes, notes=notes)
 
 
-def folders_of(names: Iterable[str]) -> set[str]:
-    """All folders that names of files show, with those above them."""
+def folders_of(names: Iterable[str], *, place: str) -> set[str]:
+    """All folders that names of files show, with those above them.
+
+    Raises:
+        UserError: a name is longer, or has more folders, than any file system has: each folder takes the memory of its
+            whole path.
+    """
     folders: set[str] = set()
     for name in names:
+        if len(name) > _LONGEST_PATH or name.count("/") > _DEEPEST_PATH:
+            raise UserError(
+                f"{place}: the file name {name[:80]!r}... has {len(name):,} signs and {name.count('/'):,} folders; at most "
+                f"{_LONGEST_PATH:,} and {_DEEPEST_PATH} are read: rename it"
+            )
         folder = name.rpartition("/")[0]
         while folder and folder not in folders:
             folders.add(folder)
@@ -187,7 +199,7 @@ def _common_root(images: Sequence[str], folders: Sequence[str]) -> str:
             return root
         heads = {path.split("/", 1)[0] for path in inside}
         heads |= {f[start:].split("/", 1)[0] for f in folders if f.startswith(root) and f[start:]}
-        if len(heads) != 1:
+        if len(heads) != 1 or heads == {""}:  # a name that begins with `/` has no folder to go down into
             return root
         root = posixpath.join(root, heads.pop())
 

@@ -125,7 +125,7 @@ class ZipSource:
                     raise UserError(f"{path}: {locked!r} is encrypted; unpack the zip and give the folder")
                 listing = list_images(
                     [File(m.filename, m.file_size) for m in members if not m.is_dir()],
-                    sorted(folders_of(m.filename for m in members)),
+                    sorted(folders_of((m.filename for m in members), place=path)),
                     place=path,
                     read=archive.read,
                     left_out={"links": links},

@@ -41,7 +41,7 @@ class StoreSource:
         sizes = {file.name: file.size for file in found}
         listing = list_images(
             [File(file.name, file.size) for file in found],
-            sorted(folders_of(sizes)),
+            sorted(folders_of(sizes, place=storage.redact(url))),
             place=url,
             read=lambda name: reader.read(name, sizes[name]),
         )

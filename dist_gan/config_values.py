@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from dist_gan.urls import is_homeless, normal
+from dist_gan.urls import is_elsewhere, is_homeless, normal
 from dist_gan.wording import scheme_of, unprintable
 
 _NUMBER = re.compile(
@@ -48,6 +48,8 @@ def _place(value: str) -> str:
         raise ValueError("a path or URL without signs that do not print")
     if value and not normal(value):
         raise ValueError("a path or URL that names something")
+    if is_elsewhere(value):
+        raise ValueError("a path of this host, which file:/// with three slashes stands before")
     if is_homeless(value):
         raise ValueError("a path in the home folder of a user who is known here, or one that begins with ./~")
     return normal(value)

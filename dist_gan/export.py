@@ -51,6 +51,9 @@ def newest_checkpoint(url: str) -> Found:
         UserError: there is no usable checkpoint.
         TrainingFailed: the store does not answer.
     """
+    local = storage.local_path(url)
+    if local is not None and local.is_file():
+        raise UserError(f"{storage.redact(url)}: is a file; give a run folder or a checkpoint, which are folders")
     names = records.names_in(url, ("manifest.json", COMMIT, ABANDONED))
     if names - {ABANDONED}:
         note = f"{storage.redact(url)} is abandoned: a rollback went back behind it"

@@ -37,6 +37,12 @@ def is_homeless(url: str) -> bool:
     return scheme_of(url) == "file" and normal(url).startswith("~")
 
 
+def is_elsewhere(url: str) -> bool:
+    """Whether a `file://` URL names another host, which no local path can be: `host` would be taken for a folder."""
+    match = _FILE.match(url)
+    return bool(match and match[1]) and re.match(r"(?:/|~|\.|localhost(?:/|$)|$)", url[7:], re.IGNORECASE) is None
+
+
 def check_url(url: str, *, place: str) -> str:
     """Returns the URL if its scheme is allowed.
 
@@ -71,6 +77,10 @@ def place_of(url: str, *, place: str) -> str:
     found = normal(check_url(url, place=place))
     if not found:
         raise UserError(f"{place}: {url!r} names no file or folder; give a path or a URL")
+    if is_elsewhere(url):
+        raise UserError(
+            f"{place}: {redact(url)!r} names a file of another host; write file:/// before a path of this one"
+        )
     if is_homeless(url):
         raise UserError(
             f"{place}: {url!r} is in the home folder of nobody who is known here; begin it with ./~ if so named"

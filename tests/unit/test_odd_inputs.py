@@ -156,3 +156,22 @@ def test_a_million_classes_are_counted_and_the_first_thousand_shown(
     assert "262,144 classes: 0 0, 1 0" in told
     assert "999 0, and 261,144 more" in told
     assert len(told) < 20_000
+
+
+def test_a_file_of_another_host_is_no_folder_of_that_name_here(capsys: pytest.CaptureFixture[str]) -> None:
+    for url in ("file://host/x", "FILE://runs/x", "file://k:SECRET@host/x"):
+        with pytest.raises(UserError, match=r"run\.dir: .*three slashes") as refused:
+            load_config(None, [f"run.dir={url}"])
+        assert "SECRET" not in str(refused.value)
+        assert cli.main(["verify", url]) == 2
+    assert "SECRET" not in capsys.readouterr().err
+    for url in ("file:///a", "file:a", "file://localhost/a", "file:/a"):
+        load_config(None, [f"run.dir={url}"])
+
+
+def test_a_file_in_the_place_of_a_run_is_called_one_and_not_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    assert cli.main(["export", str(tmp_path / "photo.jpg"), str(tmp_path / "out")]) == 2
+    assert "photo.jpg: is a file; give a run folder" in capsys.readouterr().err

@@ -85,6 +85,8 @@ class Ending:
                 self.meeting.end(self._said)
         if self.runtime is not None:
             self.runtime.barrier()
+        if shown != FINISHED:
+            write_error_file(f"{reason}, and saved: start the same command again to go on", time.time())
         self._done.set()
         if self.runtime is not None:
             self.runtime.close()

@@ -79,6 +79,12 @@ def one_case(
     )  # fmt: skip
 
 
+def of_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The same run, of another number of steps."""
+    images = steps * config.run.batch * config.run.d_updates
+    return config.model_copy(update={"run": config.run.model_copy(update={"images": images})})
+
+
 def loss_cases(shards: str, *, world_size: int) -> dict[str, RunConfig]:
     """In float64, every loss with every penalty, plain and accumulated; and what else changes an update."""
     found = {}

@@ -1,6 +1,6 @@
 """Trains every case and leaves weights, keys and latents; launched once for each strategy and number of processes.
 
-parity_worker.py SHARDS OUT losses|fp32|fp64|bf16 [--only NAME] [--unreduced]
+parity_worker.py SHARDS OUT losses|fp32|fp64|bf16 [--only NAME] [--unreduced] [--steps N]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.parity_cases import loss_cases, strategy_cases
+from benchmarks.parity_cases import STEPS, loss_cases, of_steps, strategy_cases
 from dist_gan import tensorfile
 from dist_gan.config import DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("which", choices=("losses", "fp32", "fp64", "bf16"))
     parser.add_argument("--only", action="append")
     parser.add_argument("--unreduced", action="store_true")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of each case")
     options = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = (
@@ -114,7 +115,11 @@ def main() -> None:
         if options.which == "losses"
         else strategy_cases(options.shards, world_size=world_size, precision=options.which)
     )
-    cases = {name: config for name, config in found.items() if not options.only or name in options.only}
+    cases = {
+        name: of_steps(config, options.steps)
+        for name, config in found.items()
+        if not options.only or name in options.only
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     report, seconds, runtime = {}, {}, None
     for name, config in cases.items():

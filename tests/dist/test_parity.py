@@ -22,6 +22,8 @@ BIASED = ("minimax", "nonsaturating", "hinge", "least_squares")
 """In the other losses a constant added to every logit cancels, so the last bias of D has no gradient."""
 
 
+STEPS = ("--steps", "9")
+"""Lazy penalties three times; the benchmark trains twenty."""
 CASES = tuple(loss_cases("unread", world_size=1))
 OF_FOUR = CASES[::3]
 """What four processes train, which share two cores here: every loss, every penalty, with and without accumulation."""
@@ -34,7 +36,7 @@ def trained(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     folders = {}
     for processes in (1, 2, 4):
         folders[processes] = out / str(processes)
-        arguments = [str(small_shards), str(folders[processes]), "losses", *(_only(OF_FOUR) if processes == 4 else [])]
+        arguments = [str(small_shards), str(folders[processes]), "losses", *STEPS, *(_only(OF_FOUR) if processes == 4 else [])]
         done = launch(WORKER, arguments, processes=processes, timeout_s=600)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
@@ -84,7 +86,7 @@ def test_without_the_reduction_the_weights_differ(
     trained: dict[int, Path], small_shards: Path, tmp_path: Path
 ) -> None:
     name = "relativistic/r1+r2/plain"
-    done = launch(WORKER, [str(small_shards), str(tmp_path), "losses", "--unreduced", "--only", name], processes=2)
+    done = launch(WORKER, [str(small_shards), str(tmp_path), "losses", *STEPS, "--unreduced", "--only", name], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert _largest_error(_load(trained[1], name, "end"), _load(tmp_path, name, "end")) > 1e-4
 

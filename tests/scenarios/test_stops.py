@@ -213,12 +213,15 @@ def test_a_new_run_may_begin_with_another_ones_weights(small_shards: Path, tmp_p
         if name.startswith("discriminator/weights/"):
             assert torch.equal(tensors[name], tensor), name
     assert main(["export", str(first), str(tmp_path / "exported")]) == 0
-    wider = small(small_shards, third, f"run.init_from={tmp_path / 'exported'}", "run.images=32", "networks.g_width=8")
-    done = finish(TRAIN, wider)
+    exported = f"run.init_from={tmp_path / 'exported'}"
+    done = finish(TRAIN, small(small_shards, third, exported, "run.images=32"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "discriminator: 0 of 6 tensors taken" in done.stderr
-    assert "of 6 tensors taken (" in done.stderr
-    assert "not (" in done.stderr, "shapes that do not fit are told"
+    assert "generator: 6 of 6 tensors taken" in done.stderr
+    assert "discriminator: 0 of 6 tensors taken, 0% of its weights (" in done.stderr, "an export has no discriminator"
+    done = finish(TRAIN, small(small_shards, tmp_path / "wider", exported, "run.images=32", "networks.g_width=8"))
+    assert done.returncode == 2
+    assert "does not fit these networks" in outcome(tmp_path / "wider")["reason"]
+    assert "not (" in outcome(tmp_path / "wider")["reason"], "shapes that do not fit are told"
     strange = small(small_shards, tmp_path / "fourth", f"run.init_from={tmp_path}")
     done = finish(TRAIN, strange)
     assert done.returncode == 2

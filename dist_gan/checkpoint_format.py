@@ -177,6 +177,12 @@ def read_manifest(url: str) -> dict[str, Any]:
             f"{VERSION}; resume it with the program that wrote it"
         )
     check(manifest)
+    named = _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1])
+    if named is not None and (int(named[1]), int(named[2])) != (manifest.values["serial"], manifest.values["images"]):
+        raise Damaged(
+            f"{place} is damaged: its manifest is that of serial {manifest.values['serial']} at "
+            f"{manifest.values['images']:,} images; give a copied checkpoint another kind of name{ANOTHER}"
+        )
     return manifest.values
 
 

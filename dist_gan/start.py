@@ -84,8 +84,10 @@ def _data_mistakes(reading: Reading) -> list[str]:
     if isinstance(reading.config.networks, MLPNetworks):
         return []  # already reported by a rule
     mistakes, _ = check_data(reading.config)
-    # A default in place of an invalid setting was not written by the user.
-    return [text for text in mistakes if not reading.is_wrong(text.partition(":")[0])]
+    # A default in place of an invalid setting was not written by the user; a rule has spoken of a refused URL.
+    told = {text.partition(":")[0] for text in reading.mistakes}
+    placed = [(text.partition(":")[0], text) for text in mistakes]
+    return [text for place, text in placed if place not in told and not reading.is_wrong(place)]
 
 
 def _size_mistakes(config: RunConfig) -> list[str]:

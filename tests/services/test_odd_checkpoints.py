@@ -225,6 +225,19 @@ def test_a_manifest_that_is_no_object_is_damaged_though_its_hash_fits(
     assert f"{SECOND}/manifest.json is damaged" in text
 
 
+def test_a_checkpoint_under_the_name_of_another_is_damaged_and_under_a_name_of_its_own_it_is_not(
+    pair: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(pair, folder)
+    shutil.copytree(folder / SECOND, folder / "checkpoint-100000-000000100000")
+    found = checkpointer(folder, runtime).newest()
+    assert str(found.url).endswith(SECOND)
+    assert "its manifest is that of serial 2 at 20 images" in found.damaged[0]
+    shutil.copytree(folder / SECOND, tmp_path / "best")
+    assert form.verify(str(tmp_path / "best")) == []
+
+
 def at_serial(folder: Path, runtime: Runtime, first: int, count: int, **section: Any) -> Checkpointer:
     """Checkpoints from a serial on, which after so many a run would have."""
     found = checkpointer(folder, runtime, **section)

@@ -110,7 +110,7 @@ def by_hand(folder: Path) -> dict[str, torch.Tensor]:
         "format": "dist_gan.checkpoint",
         "version": 1,
         "serial": int(folder.name.split("-")[1]),
-        "images": 1234,
+        "images": int(folder.name.split("-")[2]),
         "files": files,
         "tensors": tensors,
         "values": {"part": {"counter": 3}},

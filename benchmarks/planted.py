@@ -164,7 +164,7 @@ def _pytest(tree: Path, tests: tuple[str, ...], report: Path, bytecode: bool) ->
     sys.path.insert(0, str(tree))
     import pytest
 
-    sys.exit(int(pytest.main(["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", *tests])))
+    sys.exit(int(pytest.main(["-x", "-q", "-n", "0", "-rfE", "--tb=line", "-p", "no:cacheprovider", *tests])))
 
 
 def planted(tree: Path, fault: Fault, *, timeout_s: float) -> Result:

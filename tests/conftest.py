@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that deals the tests reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives a file's tests to one worker, which makes its fixtures once; and all of Slurm's, which share a cluster."""
     for item in items:

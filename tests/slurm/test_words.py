@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.test_train import SCRIPT
+from tests.slurm.test_jobs import SCRIPT
 
 
 def handed_on(project: Path, tmp_path: Path, line: str, *more: str) -> tuple[list[str], str]:

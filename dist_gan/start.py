@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dist_gan import urls
 from dist_gan.config import MLPNetworks, RunConfig, ShardsData
 from dist_gan.config_reader import Reading, read_settings, to_yaml
-from dist_gan.mistakes import UserError
+from dist_gan.mistakes import TrainingFailed, UserError
 from dist_gan.wording import shown
 
 MAX_PROCESSES = 2**20
@@ -83,7 +83,10 @@ def _data_mistakes(reading: Reading) -> list[str]:
 
     if isinstance(reading.config.networks, MLPNetworks):
         return []  # already reported by a rule
-    mistakes, _ = check_data(reading.config)
+    try:
+        mistakes, _ = check_data(reading.config)
+    except TrainingFailed as error:
+        mistakes = [f"data: {error}"]
     # A default in place of an invalid setting was not written by the user; a rule has spoken of a refused URL.
     told = {text.partition(":")[0] for text in reading.mistakes}
     placed = [(text.partition(":")[0], text) for text in mistakes]

@@ -158,7 +158,7 @@ def refusal(error: BaseException) -> str | None:
         code = next((code for code in codes if not code.isdigit()), None)
         return _access(_SAID.get(code or "", code))
     if "InvalidURL" in names or any(isinstance(e, ValueError) and "endpoint" in str(e).lower() for e in _chain(error)):
-        return "the endpoint is no URL; give http://HOST:PORT or https://HOST in AWS_ENDPOINT_URL"
+        return "the endpoint is no URL; give one such as http://localhost:9000 or https://HOST in AWS_ENDPOINT_URL"
     if (codes or statuses) and not isinstance(error, _PASSES):
         return f"the store answers {', '.join(dict.fromkeys([*codes, *map(str, statuses)]))}"
     return None

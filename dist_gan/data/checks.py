@@ -5,7 +5,7 @@ from __future__ import annotations
 from dist_gan.config import MLPNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import check_shards, read_manifest
 from dist_gan.data.stream import check_fit
-from dist_gan.types import TrainingFailed, UserError
+from dist_gan.types import UserError
 
 
 def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
@@ -13,6 +13,9 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
 
     Every folder is checked, so that one report has all mistakes: a missing manifest, shards that differ from it,
     networks of another resolution or number of channels or classes. Data made by the program itself have no mistakes.
+
+    Raises:
+        TrainingFailed: the store does not answer, which is no mistake of the user.
     """
     mistakes: list[str] = []
     notes: list[str] = []
@@ -25,7 +28,7 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
         place = "data.url" if url == config.data.url else "data.mix"
         try:
             manifest = read_manifest(url)
-        except (UserError, TrainingFailed) as error:
+        except UserError as error:
             mistakes += _at(place, error)
             continue
         try:
@@ -37,11 +40,11 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
         may_lose = int(config.data.max_bad * manifest.num_samples) if substitute else None
         try:
             notes += check_shards(url, manifest, may_lose=may_lose)
-        except (UserError, TrainingFailed) as error:
+        except UserError as error:
             mistakes += _at(place, error)
     return mistakes, notes
 
 
-def _at(place: str, error: UserError | TrainingFailed) -> list[str]:
+def _at(place: str, error: UserError) -> list[str]:
     first, *rest = error.args
     return [f"{place}: {first}", *(f"  {line}" for line in rest)]

@@ -182,7 +182,7 @@ def unknown_profile(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def endpoint_without_a_scheme(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "canary-host")
-    return "the endpoint is no URL; give http://HOST:PORT"
+    return "the endpoint is no URL; give one such as http://localhost:9000"
 
 
 def name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> str:

@@ -54,6 +54,7 @@ def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str,
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # already read, and part of the engines' settings
     if on_cpu:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        _without_compiled_sums()
     plugins = {
         name: DeepSpeedPlugin(
             zero_stage=stage,
@@ -68,3 +69,13 @@ def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str,
     group = InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu else {}))
     first = Accelerator(mixed_precision="no", deepspeed_plugins=plugins, kwargs_handlers=[group])
     return {"generator": first, "discriminator": Accelerator()}
+
+
+def _without_compiled_sums() -> None:
+    """Keeps DeepSpeed from compiling a shared-memory all-reduce for CPUs when it starts; gloo reduces instead.
+
+    A start that is killed while it compiles leaves a lock file, and every later one would wait for it without end.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -118,6 +118,7 @@ def test_every_stage_of_zero_gives_the_weights_of_one_process(
     arguments = [str(small_shards), str(out), "fp32", *_only(names)]
     done = launch(WORKER, arguments, processes=2, config_file=file, timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "built successfully" not in done.stdout, "nothing is compiled when a run starts"
     for name in names:
         row = compare(reference, out, name)
         assert row["max_relative_error"] <= 1e-4, (name, row)

@@ -302,11 +302,14 @@ class Heartbeat:
     def _end_without(self, found: Missing) -> None:
         if self._stop.is_set():
             return
+        code: object = 1
         try:
-            self._on_missing(found)
+            code = self._on_missing(found)  # 0 if the run had ended as it should before the rank went
         finally:
-            _show_stacks()
-            os._exit(1)
+            code = code if isinstance(code, int) else 1
+            if code:
+                _show_stacks()
+            os._exit(code)
 
     def _end_for(self, word: Word) -> None:
         if self._stop.is_set():

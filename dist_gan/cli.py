@@ -13,7 +13,7 @@ from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import last_resort, print_anything, report, safe
 
 _CLASSES_SHOWN = 1000
-"""Of a data set; ImageNet has as many."""
+"""Largest number of classes of a data set; ImageNet has as many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from dist_gan.types import UserError
 from dist_gan.wording import shown
 
 MAX_PICTURES = 100_000
-"""Of one command, which holds them all in memory; the usual measures of a generator take half as many."""
+"""Largest number of pictures of one command, which holds all of them in memory; the usual metrics take half as many."""
 _NAMES_SHOWN = 20
 OFFERED = "a name that ends in .png for a grid, or a folder for single PNGs"
 
@@ -31,7 +31,7 @@ def check_destination(dest: str) -> None:
 
 
 def _is_grid(dest: str) -> bool:
-    """Whether a destination is one picture; a `/` at its end says that it is a folder."""
+    """True if a destination is one picture file; a `/` at its end makes it a folder."""
     return dest.lower().endswith(".png")
 
 

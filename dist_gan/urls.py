@@ -33,12 +33,12 @@ def normal(url: str) -> str:
 
 
 def is_homeless(url: str) -> bool:
-    """Whether a path begins with the home folder of somebody who is not known here, so that `~` would be a folder's name."""
+    """True if a path begins with the home folder of an unknown user, so that `~name` would be taken for a folder's name."""
     return scheme_of(url) == "file" and normal(url).startswith("~")
 
 
 def is_elsewhere(url: str) -> bool:
-    """Whether a `file://` URL names another host, which no local path can be: `host` would be taken for a folder."""
+    """True if a `file://` URL names another host, whose name would otherwise be taken for a local folder."""
     match = _FILE.match(url)
     return bool(match and match[1]) and re.match(r"(?:/|~|\.|localhost(?:/|$)|$)", url[7:], re.IGNORECASE) is None
 

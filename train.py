@@ -33,9 +33,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # on the machine (or our own decoder) made a step of small networks seven times slower; measured on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dist_gan.config_reader import run_dir_of, schema_help  # noqa: E402
+from dist_gan.config.reader import run_dir_of, schema_help  # noqa: E402
 from dist_gan.mistakes import UserError  # noqa: E402
-from dist_gan.start import describe, place_in_launch, settings  # noqa: E402
+from dist_gan.process.start import describe, place_in_launch, settings  # noqa: E402
 from dist_gan.wording import last_resort, print_anything, report, safe  # noqa: E402
 
 EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
@@ -75,14 +75,14 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         # The default folder was not named by the user, and a rehearsal writes nothing.
         named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
-        from dist_gan.launch import refuse_start
+        from dist_gan.process.life import refuse_start
 
         return refuse_start(error, named)
     if is_rehearsal:
         for line in describe(config, world_size=place.world_size).splitlines():
             print(safe(line))
         return 0
-    from dist_gan.launch import run
+    from dist_gan.process.life import run
 
     return run(config)
 

@@ -27,9 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.overhead import Pool
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.runtime import Launch, Runtime

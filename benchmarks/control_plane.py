@@ -40,12 +40,12 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RuntimeSection
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import Order
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
 from dist_gan.runtime import Launch, Missing, Runtime
 from dist_gan.types import TensorFacts
 

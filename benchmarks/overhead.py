@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import softplus
 
 from dist_gan.config import PointsData, RunConfig
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.runtime import Launch, Runtime

@@ -32,10 +32,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_gan.data import fetching
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import open_source
-from dist_gan.store_folder import StoreFolder
+from dist_gan.packing import fetching
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import open_source
+from dist_gan.storage.folder import StoreFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES_PER_SHARD = 1000

@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parity_cases import STEPS, loss_cases, of_steps, strategy_cases
-from dist_gan import tensorfile
+from dist_gan.checkpoint import tensorfile
 from dist_gan.config import DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pieces import Source

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parity_cases import one_case
 from benchmarks.parity_worker import slug
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import (
     ArticleNetworks,
     CheckpointSection,

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.overhead import Pool
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks, count_parameters
 from dist_gan.runtime import Player, Runtime, read_launch

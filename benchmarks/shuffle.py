@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_gan import images
+from dist_gan import pictures
 from dist_gan.data.order import Order
 
 IMAGES, SHARDS, CLASSES, BATCH, PASSES = 50_000, 50, 10, 64, 6
@@ -124,7 +124,7 @@ def main() -> None:
             print(row)
     if options.picture:
         panels = [sequences[name] for name in ("buffer-1000", "lanes-64-block-64", "full")]
-        images.write_png(options.picture, picture(panels))
+        pictures.write_png(options.picture, picture(panels))
     default = next(row for row in rows if row["row"] == "lanes-64-block-64")
     print(json.dumps({
         "benchmark": "shuffle",

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_gan import checkpoint_format
+from dist_gan.checkpoint import reader
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,9 +75,9 @@ def killed_once(run: Path, options: argparse.Namespace, chance: random.Random) -
 
 def state_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Everything in the newest checkpoint but the clock."""
-    found = checkpoint_format.newest(str(run / "checkpoints"))
+    found = reader.newest(str(run / "checkpoints"))
     assert found.url is not None
-    manifest, tensors = checkpoint_format.read(found.url)
+    manifest, tensors = reader.read(found.url)
     manifest["values"]["progress"].pop("seconds")
     return tensors, manifest["values"]
 

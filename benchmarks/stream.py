@@ -218,9 +218,9 @@ def large(files: Path, folder: Path, *, gib: float) -> dict[str, Any]:
 
     from dist_gan.config import ShardsData
     from dist_gan.data import ImageStream, Source
-    from dist_gan.data.indexing import index
     from dist_gan.data.manifest import read_manifest
     from dist_gan.draws import Draws
+    from dist_gan.packing.indexing import index
 
     with zipfile.ZipFile(files) as archive:
         pictures = [archive.read(name) for name in archive.namelist()[:1000]]
@@ -278,8 +278,8 @@ def main() -> None:
     if options.serve:
         serve(options.serve)
         return
-    from dist_gan.data.pack import pack
-    from dist_gan.data.sources import open_source
+    from dist_gan.packing.pack import pack
+    from dist_gan.packing.sources import open_source
 
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}

@@ -109,8 +109,8 @@ def _settle_places(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from dist_gan.data.pack import pack
-    from dist_gan.data.sources import open_source
+    from dist_gan.packing.pack import pack
+    from dist_gan.packing.sources import open_source
 
     extra = {} if options.samples_per_shard is None else {"samples_per_shard": options.samples_per_shard}
     manifest = pack(
@@ -130,7 +130,7 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from dist_gan.data.indexing import index
+    from dist_gan.packing.indexing import index
 
     storage.check_url(options.url, place="URL")
     _describe_shards(options.url, index(options.url, label_key=options.label_key, force=options.force))
@@ -138,18 +138,19 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dist_gan import checkpoint_format, records
-    from dist_gan.data.indexing import verify
+    from dist_gan import records
+    from dist_gan.checkpoint import reader
+    from dist_gan.packing.indexing import verify
 
     url = storage.check_url(options.url, place="URL")
     names = records.names_in(url, ("checkpoints", "COMMIT", "ABANDONED"))
     if "checkpoints" in names:
         return _verify_run(url)
     if "COMMIT" in names:
-        problems = checkpoint_format.verify(url)
+        problems = reader.verify(url)
         if "ABANDONED" in names:
             _show(f"{storage.redact(url)}: abandoned, a rollback went back behind it")
-    elif checkpoint_format.is_name(url):
+    elif reader.is_name(url):
         problems = [f"{storage.redact(url)}: was never committed, so it is no checkpoint"]
     else:
         problems = verify(url, decode=not options.no_decode)
@@ -158,11 +159,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_run(url: str) -> int:
     """Verifies every checkpoint of a run: reports damage in committed ones, and lists uncommitted folders."""
-    from dist_gan import checkpoint_format
+    from dist_gan.checkpoint import reader
 
     problems: list[str] = []
     committed = 0
-    for entry in checkpoint_format.entries(storage.join(url, "checkpoints")):
+    for entry in reader.entries(storage.join(url, "checkpoints")):
         place = storage.redact(entry.url)
         if not entry.is_committed:
             _show(f"{place}: never committed, so it is no checkpoint; the next one that is written clears it away")
@@ -170,7 +171,7 @@ def _verify_run(url: str) -> int:
             _show(f"{place}: abandoned, a rollback went back behind it")
         else:
             committed += 1
-            found = [entry.problem] if entry.problem else checkpoint_format.verify(entry.url)
+            found = [entry.problem] if entry.problem else reader.verify(entry.url)
             problems += found
             _show(f"{place}: {f'{len(found)} problems' if found else 'whole'}{', healthy' if entry.is_healthy else ''}")
     if not committed:
@@ -221,14 +222,15 @@ def _note(notes: Sequence[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from dist_gan import checkpoint_format, records
+    from dist_gan import records
+    from dist_gan.checkpoint import reader
     from dist_gan.data.manifest import read_manifest
 
     url = storage.check_url(options.url, place="URL")
     kinds = ("COMMIT", "checkpoints", "config.yaml", "config.json", "model.safetensors", "manifest.json")
     names = records.names_in(url, kinds)
     if "COMMIT" in names:
-        _describe_checkpoint(checkpoint_format.read_manifest(url))
+        _describe_checkpoint(reader.read_manifest(url))
     elif "config.yaml" in names or "checkpoints" in names:
         _describe_run(url)
     elif "model.safetensors" in names and "config.json" in names:
@@ -280,7 +282,8 @@ def _describe_checkpoint(manifest: dict[str, Any]) -> None:
 
 
 def _describe_run(url: str) -> None:
-    from dist_gan import checkpoint_format, records
+    from dist_gan import records
+    from dist_gan.checkpoint import reader
 
     try:
         facts = records.load(storage.join(url, "outcome.json"), limit=2**20)
@@ -296,14 +299,14 @@ def _describe_run(url: str) -> None:
             _show(f"last line of metrics: {json.dumps(last.values)}")
     except records.Damaged as error:
         _show(f"last line of metrics: unknown; {error}")
-    for entry in checkpoint_format.entries(storage.join(url, "checkpoints")):
+    for entry in reader.entries(storage.join(url, "checkpoints")):
         state = "never committed" if not entry.is_committed else "abandoned" if entry.is_abandoned else ""
         _show(f"{storage.redact(entry.url)}{f' ({entry.problem or state})' if entry.problem or state else ''}")
-    found = checkpoint_format.newest(storage.join(url, "checkpoints"))
+    found = reader.newest(storage.join(url, "checkpoints"))
     for text in found.damaged:
         _show(f"passed over a damaged checkpoint: {text}")
     if found.url is not None:
-        _describe_checkpoint(checkpoint_format.read_manifest(found.url))
+        _describe_checkpoint(reader.read_manifest(found.url))
 
 
 def _show(*lines: object) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dist_gan.draws import Draws
-from dist_gan.metrics.modes import judge, mode_report
+from dist_gan.embedded.judge import judge, mode_report
 from dist_gan.runtime import Runtime
 from dist_gan.types import byte_range
 

@@ -17,10 +17,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dist_gan import checkpoint_format, records, storage, tensorfile
-from dist_gan.checkpoint_format import ABANDONED, COMMIT, Found
+from dist_gan import records, storage
+from dist_gan.checkpoint import reader, tensorfile
+from dist_gan.checkpoint.reader import ABANDONED, COMMIT, Found
 from dist_gan.config import NetworksSection
-from dist_gan.config_reader import read_written
+from dist_gan.config.reader import read_written
 from dist_gan.models import AnyNetworks, build_generator
 from dist_gan.records import Record
 from dist_gan.types import TensorFacts, UserError, check_table
@@ -58,7 +59,7 @@ def newest_checkpoint(url: str) -> Found:
     if names - {ABANDONED}:
         note = f"{storage.redact(url)} is abandoned: a rollback went back behind it"
         return Found(url, (note,) if ABANDONED in names else ())
-    found = checkpoint_format.newest(storage.join(url, "checkpoints"))
+    found = reader.newest(storage.join(url, "checkpoints"))
     if found.url is None:
         damaged = f" ({'; '.join(found.damaged)})" if found.damaged else ""
         raise UserError(
@@ -78,14 +79,14 @@ def open_generator(url: str) -> Averaged:
         return _exported(url)
     found = newest_checkpoint(url)
     place = str(found.url)
-    manifest = checkpoint_format.read_manifest(place)
+    manifest = reader.read_manifest(place)
     where = f"the settings in {storage.redact(place)}/manifest.json"
     if "config" not in manifest:
         raise UserError(f"{where} are missing; take another checkpoint")
     config, unknown = read_written(manifest["config"], place=where, needed="networks")
     class_names = _fitting(manifest.get("classes"), config.networks)
-    module = _room(config.networks, checkpoint_format.announced(manifest, prefix="ema/"), place=place)
-    _, tensors = checkpoint_format.read(place, prefix="ema/")
+    module = _room(config.networks, reader.announced(manifest, prefix="ema/"), place=place)
+    _, tensors = reader.read(place, prefix="ema/")
     _fill(module, {name.removeprefix("ema/"): tensor for name, tensor in tensors.items()})
     notes = [f"{where}: this version does not know {name}" for name in unknown if name.startswith("networks.")]
     return Averaged(module, config.networks, manifest["images"], class_names, (*found.damaged, *notes))

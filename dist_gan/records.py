@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from dist_gan import storage, store_errors
+from dist_gan import storage
+from dist_gan.storage import errors
 from dist_gan.types import TrainingFailed, UserError
 
 LIMIT = 2**26
@@ -144,11 +145,11 @@ def reading(url: str) -> Iterator[None]:
             raise Damaged(
                 f"{place} is damaged: it cannot be read ({error.strerror or type(error).__name__})"
             ) from error
-        raise store_errors.failure(error, f"cannot read {place}") from error
+        raise errors.failure(error, f"cannot read {place}") from error
     except Exception as error:
         if is_local:
             raise
-        raise store_errors.failure(error, f"cannot read {place}") from error
+        raise errors.failure(error, f"cannot read {place}") from error
 
 
 def size(url: str) -> int:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_gan import checkpoint_format, records, retention, storage
-from dist_gan.checkpoint import Checkpointer
-from dist_gan.checkpoint_format import Found
+from dist_gan import records, storage
+from dist_gan.checkpoint import reader, retention
+from dist_gan.checkpoint.reader import Found
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import read_written
+from dist_gan.config.reader import read_written
 from dist_gan.export import CONFIG, newest_checkpoint, open_generator
 from dist_gan.state import TrainState
 from dist_gan.types import TrainingFailed, UserError
@@ -63,7 +64,7 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
         return Resumed(found.url, notes, False)
     if manifest["values"]["recovery"]["rollbacks"] >= intent["recovery"]["rollbacks"]:
         return Resumed(found.url, notes, True)  # only the note of it had not been removed
-    target = checkpointer.newest(healthy=True, before=checkpoint_format.serial_of(intent["target"]) + 1)
+    target = checkpointer.newest(healthy=True, before=reader.serial_of(intent["target"]) + 1)
     if target.url is None:
         raise TrainingFailed(_no_way_back("a rollback was cut off", target))
     _go_back(checkpointer, state, target.url, intent)
@@ -196,7 +197,7 @@ def _weights_at(url: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         exported = open_generator(url)
         return {f"generator/{name}": t for name, t in exported.module.state_dict().items()}, exported.notes
     place = newest_checkpoint(url)
-    _, tensors = checkpoint_format.read(str(place.url))
+    _, tensors = reader.read(str(place.url))
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from dist_gan import checkpoint_format, records, storage
+from dist_gan import records, storage
+from dist_gan.checkpoint import reader
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import differences, read_written, to_yaml
-from dist_gan.outcome import OUTCOME, release, reserve, write_outcome
+from dist_gan.config.reader import differences, read_written, to_yaml
+from dist_gan.process.outcome import OUTCOME, release, reserve, write_outcome
 from dist_gan.records import Damaged
 from dist_gan.types import TrainingFailed, UserError
 
@@ -113,11 +114,11 @@ class RunFolder:
 
     def _settings_of_the_newest(self) -> RunConfig | None:
         """Settings in the newest readable manifest; None if there is no checkpoint yet."""
-        for entry in checkpoint_format.entries(str(self.path / "checkpoints")):
+        for entry in reader.entries(str(self.path / "checkpoints")):
             if not entry.is_committed or entry.is_abandoned:
                 continue
             try:
-                manifest = checkpoint_format.read_manifest(entry.url)
+                manifest = reader.read_manifest(entry.url)
             except Damaged:
                 continue  # reported later, when the run chooses its checkpoint
             if "config" in manifest:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dist_gan import images as pictures
-from dist_gan import storage
+from dist_gan import pictures, storage
 from dist_gan.draws import Draws
 from dist_gan.evaluate import sample, to_pictures
 from dist_gan.export import Averaged, refuse_file_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_gan.checkpoint_manifest import check_progress, check_stream
+from dist_gan.checkpoint.schema import check_progress, check_stream
 from dist_gan.data import Stream
 from dist_gan.ema import GeneratorEMA
 from dist_gan.health.recovery import Recovery

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dist_gan import images as pictures
-from dist_gan import records, storage, wording
+from dist_gan import pictures, records, storage, wording
 from dist_gan.types import Scalars, TrainingFailed
 
 # Tags of a custom chart are patterns.

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_gan import __version__, storage
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import PointsData, RunConfig, ShapesData
-from dist_gan.config_reader import config_hash, to_yaml
+from dist_gan.config.reader import config_hash, to_yaml
 from dist_gan.data import Damage, ImageStream, PointStream, Source, Stage, Stream
-from dist_gan.data.embedded import data_sources
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
+from dist_gan.embedded.writer import data_sources
 from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
 from dist_gan.health.recovery import PLAYERS, Recovery, actions
 from dist_gan.models import build_networks

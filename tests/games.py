@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_gan.config import PointsData, RunConfig
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.data import PointStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks

@@ -21,7 +21,7 @@ from dist_gan.config import (
     ShapesData,
     ShardsData,
 )
-from dist_gan.config_reader import config_hash, differences, load_config, run_dir_of, schema_help, to_yaml
+from dist_gan.config.reader import config_hash, differences, load_config, run_dir_of, schema_help, to_yaml
 from dist_gan.types import UserError
 from tests.conftest import ROOT
 

@@ -21,16 +21,19 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "mistakes", "types", "urls", "config_values", "config", "config_text", "config_mistakes", "config_rules",
-        "config_help", "config_reader", "storage", "store_folder", "store_errors", "patience", "images",
-        "tensorfile", "records", "terminal", "last_words",
+        "wording", "mistakes", "types", "urls", "config", "config.*", "storage", "storage.*", "pictures", "records",
+        "checkpoint", "checkpoint.tensorfile", "process", "process.terminal", "process.last_words",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
     (
-        "runtime.*", "data.*", "metrics.*", "tracker", "checkpoint", "checkpoint_format", "checkpoint_manifest",
-        "retention", "scalars", "outcome", "run_folder", "export", "health.monitor",
+        "runtime.*", "data.*", "packing.*", "embedded.*", "tracker", "checkpoint.schema", "checkpoint.reader",
+        "checkpoint.retention", "checkpoint.writer", "scalars", "process.outcome", "run_folder", "export",
+        "health.monitor",
     ),
-    ("health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "ending", "launch", "start"),
+    (
+        "health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "process.ending",
+        "process.life", "process.start",
+    ),
     ("cli", "train"),
 )  # fmt: skip
 """Floor by floor, L0 first. In L3 the order of the names is the order of building: a room sees only earlier rooms."""
@@ -43,17 +46,17 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("runtime.*",),
     "torch.nn.parallel": ("runtime.*",),
     "torch.distributed": ("runtime.*",),
-    "webdataset": ("data.*",),
+    "webdataset": ("data.*", "packing.*"),
     "fsspec": ("storage",),
     "s3fs": (),
     "boto3": (),
-    "PIL": ("images",),
-    "simplejpeg": ("images",),
-    "safetensors": ("tensorfile",),
+    "PIL": ("pictures",),
+    "simplejpeg": ("pictures",),
+    "safetensors": ("checkpoint.tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),
-    "pydantic": ("config", "config_values", "config_mistakes", "export"),
-    "yaml": ("config_reader", "config_text", "run_folder", "export"),
+    "pydantic": ("config.*", "export"),
+    "yaml": ("config.*", "run_folder", "export"),
 }
 """Outside library, and the only rooms that may know it."""
 

@@ -1,4 +1,4 @@
-"""Real images: shards and their manifest, the order, the stream, packing. The only importer of webdataset."""
+"""What training reads by: shards and their manifest, the order, the stream."""
 
 from dist_gan.data.decoding import Damage, Stage
 from dist_gan.data.pieces import Source

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_gan import images, storage
+from dist_gan import pictures, storage
 from dist_gan.data.order import Integers
 from dist_gan.data.pieces import Fetched, Piece, PieceReader, Source
 from dist_gan.data.plan import Place
@@ -108,7 +108,7 @@ class Decoder:
         """The image, or the one that takes its place."""
         try:
             return place, self._pixels(place, self.reader.get(place.piece), out)
-        except images.BadImage:
+        except pictures.BadImage:
             return self._again_or_instead(place, out)
 
     def _pixels(self, place: Place, fetched: Fetched, out: Pixels) -> Pixels:
@@ -122,13 +122,13 @@ class Decoder:
         name, size, start = entry.keys[row], entry.sizes[row], entry.offsets[row] - fetched.start
         data = fetched.data[start : start + size]
         if len(data) != size:
-            raise images.BadImage(name, f"{len(data):,} of its {size:,} bytes are there")
+            raise pictures.BadImage(name, f"{len(data):,} of its {size:,} bytes are there")
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32[row]:
-            raise images.BadImage(name, "its bytes do not have the CRC-32 of the manifest")
+            raise pictures.BadImage(name, "its bytes do not have the CRC-32 of the manifest")
         side, _, channels = self._shape
-        pixels = images.decode(data, name=name, out=out, reduce_to=side)
+        pixels = pictures.decode(data, name=name, out=out, reduce_to=side)
         if pixels is not out and pixels.shape != self._shape:
-            pixels = images.fit(pixels, resolution=side, channels=channels, name=name)
+            pixels = pictures.fit(pixels, resolution=side, channels=channels, name=name)
         return pixels
 
     def _again_or_instead(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
@@ -137,7 +137,7 @@ class Decoder:
         self.reader.drop(place.piece)
         try:
             return place, self._pixels(alone, self.reader.fresh(alone.piece), out)
-        except images.BadImage as error:
+        except pictures.BadImage as error:
             bad = error
         url = storage.redact(self._urls[place.source][place.shard])
         if not self._substitute:
@@ -149,7 +149,7 @@ class Decoder:
             other = _alone(place, row)
             try:
                 pixels = self._pixels(other, self.reader.fresh(other.piece), out)
-            except images.BadImage:
+            except pictures.BadImage:
                 continue
             with self._lock:
                 if place[:3] not in self._in_place_of:

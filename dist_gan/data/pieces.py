@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dist_gan import storage
 from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest, Shard
-from dist_gan.store_errors import failure
+from dist_gan.storage.errors import failure
 from dist_gan.types import TrainingFailed
 
 _REMEMBERED = 4096

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dist_gan import storage
 from dist_gan.config import DataOrder, ShardsData
-from dist_gan.data.ahead import Ahead, decode_part
 from dist_gan.data.decoding import Damage, Decoder, Kept, Stage
 from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest
 from dist_gan.data.order import Integers
 from dist_gan.data.pieces import Piece, PieceReader, Source
 from dist_gan.data.plan import Place, Plan
+from dist_gan.data.prefetch import Ahead, decode_part
 from dist_gan.draws import Draws
 from dist_gan.types import Batch, TrainingFailed, UserError, unit_range
 

@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from dist_gan import checkpoint_manifest
+from dist_gan.checkpoint import schema
 from dist_gan.config import RecoverySection
 from dist_gan.records import Record
 from dist_gan.runtime import Update
 from dist_gan.types import TensorFacts, check_table
 
-PLAYERS = checkpoint_manifest.PLAYERS
+PLAYERS = schema.PLAYERS
 
 
 class Action(NamedTuple):
@@ -104,7 +104,7 @@ class Recovery:
         Raises:
             ValueError: a value has another type or range.
         """
-        checkpoint_manifest.check_recovery(Record(values, place="recovery"))
+        schema.check_recovery(Record(values, place="recovery"))
         self.rollbacks = int(values["rollbacks"])
         self.skipped = {player: values["skipped"][player] for player in PLAYERS}
         self._updates = {player: values["updates"][player] for player in PLAYERS}

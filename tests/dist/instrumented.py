@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from dist_gan import launch
+from dist_gan.process import life
 from dist_gan.data.stream import ImageStream
 from dist_gan.runtime import Runtime
 from dist_gan.trainer import Run
@@ -38,7 +38,7 @@ FAULTY = int(os.environ.get("FAULTY_RANK", "1"))
 
 
 def instrument() -> None:
-    honest_next, honest_build = ImageStream.next, launch.build
+    honest_next, honest_build = ImageStream.next, life.build
     parts: list[Run] = []
 
     def build(*arguments: object, **more: object) -> Run:
@@ -77,7 +77,7 @@ def instrument() -> None:
         return batch
 
     ImageStream.next = next_batch  # type: ignore[method-assign]
-    launch.build = build
+    life.build = build
 
 
 def be_deaf() -> None:
@@ -105,9 +105,9 @@ if __name__ == "__main__":
     if RANK == FAULTY and FAULT == "settings":
         overrides.append("g_optim.lr=1e-5")
     if RANK == FAULTY and FAULT == "build":
-        launch.build = None
+        life.build = None
     if RANK == FAULTY and FAULT == "code":
-        launch.code_hash = lambda: "0123456789abcdef"
+        life.code_hash = lambda: "0123456789abcdef"
     if RANK == FAULTY and FAULT == "package":
         Runtime.packages = staticmethod(lambda: {"accelerate": "0.0.1"})
     if os.environ.get("DEAF"):

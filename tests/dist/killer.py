@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_gan import launch, resume, storage, trainer
-from dist_gan.checkpoint import Checkpointer
-from dist_gan.config_reader import load_config
+from dist_gan import resume, storage, trainer
+from dist_gan.process import life
+from dist_gan.checkpoint.writer import Checkpointer
+from dist_gan.config.reader import load_config
 from dist_gan.data.stream import ImageStream
 from dist_gan.types import Batch
 
@@ -112,4 +113,4 @@ if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     install()
     config = load_config(sys.argv[3], sys.argv[4:], world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    sys.exit(launch.run(config))
+    sys.exit(life.run(config))

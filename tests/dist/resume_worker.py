@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.parity_cases import one_case
 from benchmarks.parity_worker import tensors_of
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pieces import Source

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_gan import checkpoint_format
+from dist_gan.checkpoint import reader
 from tests.conftest import ROOT, environment, launch_command
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 
@@ -63,7 +63,7 @@ def test_a_run_killed_while_saving_or_resuming_loses_nothing(
     code = start(out, point, small_shards, run, processes=processes, **more)
     assert (out / "fired").read_text() == point
     assert code == (-signal.SIGKILL if processes == 1 else 1)
-    found = checkpoint_format.newest(str(run / "checkpoints"))
+    found = reader.newest(str(run / "checkpoints"))
     assert found.url is not None, "at every instant there is a valid checkpoint"
     assert not found.damaged, "nothing half-written is taken for a checkpoint"
     assert start(out, point, small_shards, run, processes=processes) == 0, outcome(run)
@@ -71,7 +71,7 @@ def test_a_run_killed_while_saving_or_resuming_loses_nothing(
     resumed = [e for e in events(run) if e["event"] == "resume"]
     assert resumed[-1]["checkpoint"] == found.url
     assert_same_state(undisturbed[processes], run)
-    kept = checkpoint_format.listed(str(run / "checkpoints"))
+    kept = reader.listed(str(run / "checkpoints"))
     assert [s for s, _ in kept] == sorted({s for s, _ in kept})
     serials = [json.loads(p.read_text())["serial"] for p in sorted((run / "checkpoints").glob("*/manifest.json"))]
     assert serials == sorted(serials)
@@ -90,7 +90,7 @@ def test_gradients_that_stay_not_finite_roll_back_within_the_budget_and_end_with
     if point != "never":
         assert (out / "fired").read_text() == point
         assert code == -signal.SIGKILL
-        assert checkpoint_format.newest(str(run / "checkpoints")).url is not None
+        assert reader.newest(str(run / "checkpoints")).url is not None
         code = start(out, f"{point}:50", small_shards, run, *PERSISTENT, processes=1)
     assert code == 3
     left = outcome(run)
@@ -106,10 +106,10 @@ def test_gradients_that_stay_not_finite_roll_back_within_the_budget_and_end_with
     assert names[-1] == "failure"
     assert not (run / "checkpoints" / "rollback.json").exists()
     abandoned = {p.parent.name for p in (run / "checkpoints").glob("*/ABANDONED")}
-    newest = checkpoint_format.newest(str(run / "checkpoints")).url
+    newest = reader.newest(str(run / "checkpoints")).url
     assert newest is not None
     assert Path(newest).name not in abandoned
-    assert checkpoint_format.read_manifest(newest)["values"]["recovery"]["rollbacks"] == 2
+    assert reader.read_manifest(newest)["values"]["recovery"]["rollbacks"] == 2
     images = [json.loads(line)["images"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert images == sorted(set(images)), "each point is seen once"
 

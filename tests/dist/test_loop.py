@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_gan import checkpoint_format
+from dist_gan.checkpoint import reader
 from tests.conftest import ROOT, launch
 from tests.games import lines, trained
 
@@ -39,7 +39,7 @@ def test_a_request_on_any_rank_stops_all_at_one_step_and_what_is_logged_is_that_
         assert ours.keys() == expected.keys()
         assert {n: ours[n] for n in learned} == pytest.approx({n: expected[n] for n in learned}, rel=1e-6, abs=1e-9)
     values, expected_values = (
-        checkpoint_format.read(str(folder / "checkpoints" / "checkpoint-0003-000000000112"))[0]["values"]
+        reader.read(str(folder / "checkpoints" / "checkpoint-0003-000000000112"))[0]["values"]
         for folder in (run, alone)
     )
     for value in (values, expected_values):

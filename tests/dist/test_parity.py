@@ -14,7 +14,7 @@ import torch
 from benchmarks.parity import compare, launch_file
 from benchmarks.parity_cases import loss_cases
 from benchmarks.parity_worker import slug
-from dist_gan import tensorfile
+from dist_gan.checkpoint import tensorfile
 from tests.conftest import ROOT, launch
 
 WORKER = ROOT / "benchmarks" / "parity_worker.py"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.parity import launch_file
-from dist_gan import checkpoint_format
+from dist_gan.checkpoint import reader
 from tests.conftest import ROOT, launch
 
 SCRIPT = ROOT / "tests" / "dist" / "instrumented.py"
@@ -45,9 +45,9 @@ def drawn(out: Path) -> dict[int, dict[int, tuple[str, str]]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint_format.newest(str(run / "checkpoints"))
+    found = reader.newest(str(run / "checkpoints"))
     assert found.url is not None
-    tensors = checkpoint_format.read(found.url)[1]
+    tensors = reader.read(found.url)[1]
     return {n: t.double() for n, t in tensors.items() if "/weights/" in n or n.startswith("ema/")}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.parity import compare
 from benchmarks.parity_worker import slug
-from dist_gan import tensorfile
+from dist_gan.checkpoint import tensorfile
 from dist_gan.config import RuntimeSection, ShardsData
 from dist_gan.data import ImageStream, Source
 from dist_gan.data.manifest import read_manifest

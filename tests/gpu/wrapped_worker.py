@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.parity_cases import strategy_cases
 from benchmarks.parity_worker import slug, tensors_of, train_case
-from dist_gan import tensorfile
+from dist_gan.checkpoint import tensorfile
 from dist_gan.runtime import Runtime, read_launch
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import train
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
 from tests.conftest import ROOT, environment, launch, random_images
 
 
@@ -213,7 +213,7 @@ def test_a_run_folder_without_write_permission_is_refused(tmp_path: Path) -> Non
         if parent.owner() == "root" and os.geteuid() == 0 and str(parent).startswith(("/tmp/", str(tmp_path))):
             parent.chmod(parent.stat().st_mode | 0o055)
     locked.chmod(0o555)
-    code = "import sys; from dist_gan.run_folder import RunFolder; from dist_gan.config_reader import load_config\n"
+    code = "import sys; from dist_gan.run_folder import RunFolder; from dist_gan.config.reader import load_config\n"
     code += (
         f"try: RunFolder(load_config(None, ['run.dir={locked}/run']))\nexcept ValueError as e: print(e); sys.exit(2)"
     )

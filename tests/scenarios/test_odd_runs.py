@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import train
-from dist_gan import checkpoint_format, cli
+from dist_gan import cli
+from dist_gan.checkpoint import reader
 
 SETTINGS = (
     "configs/points.yaml", "run.images=2560", "checkpoint.every=512", "checkpoint.keep=9", "log.every=512",
@@ -165,8 +166,8 @@ def test_a_rollback_that_was_cut_off_takes_the_next_healthy_one_where_its_target
     assert f"resumed from {healthy}" in said
     assert not target.exists(), "what was abandoned is cleared away"
     assert healthy.exists()
-    newest = checkpoint_format.newest(str(run / "checkpoints")).url
-    manifest = checkpoint_format.read_manifest(str(newest))
+    newest = reader.newest(str(run / "checkpoints")).url
+    manifest = reader.read_manifest(str(newest))
     assert manifest["values"]["recovery"]["rollbacks"] == 1
     assert not (run / "checkpoints" / "rollback.json").exists()
 

@@ -17,9 +17,10 @@ import torch
 import webdataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_gan import checkpoint_format, load_generator
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource
+from dist_gan import load_generator
+from dist_gan.checkpoint import reader
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
 from tests.conftest import ROOT, environment, launch, launch_command, random_images
 
 TRAIN = ROOT / "train.py"
@@ -43,9 +44,9 @@ def outcome(run: Path) -> dict:
 
 
 def final_state(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    found = checkpoint_format.newest(str(run / "checkpoints"))
+    found = reader.newest(str(run / "checkpoints"))
     assert found.url is not None
-    manifest, tensors = checkpoint_format.read(found.url)
+    manifest, tensors = reader.read(found.url)
     return tensors, manifest
 
 
@@ -118,7 +119,7 @@ def test_sampling_and_exporting_a_run_gives_pictures_and_a_generator_of_its_own(
     assert torch.equal(generator.state_dict()["dense.0.weight"], tensors["ema/dense.0.weight"])
     assert main(["sample", str(tmp_path / "generator"), str(tmp_path / "grid2.png"), "--count", "9"]) == 0
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "grid2.png").read_bytes()
-    for place in (run, tmp_path / "generator", shards32, checkpoint_format.newest(str(run / "checkpoints")).url):
+    for place in (run, tmp_path / "generator", shards32, reader.newest(str(run / "checkpoints")).url):
         assert main(["inspect", str(place)]) == 0
     assert main(["verify", str(run)]) == 0
 

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from dist_gan import checkpoint_format as form
 from dist_gan import storage
+from dist_gan.checkpoint import reader as form
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime import Launch, Runtime
 from dist_gan.types import TrainingFailed

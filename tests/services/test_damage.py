@@ -14,9 +14,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from dist_gan import images
-from dist_gan.data.indexing import index, verify
+from dist_gan import pictures
 from dist_gan.data.manifest import Manifest, check_shards, read_manifest
+from dist_gan.packing.indexing import index, verify
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import ROOT, launch
 from tests.scenarios.test_runs import events
@@ -175,12 +175,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_decompressed(tmp_path: Pat
         return file.getvalue()
 
     assert len(png(9000)) < 200_000
-    with pytest.raises(images.BadImage, match="more than 67,108,864 pixels"):
-        images.decode(png(9000), name="bomb")
+    with pytest.raises(pictures.BadImage, match="more than 67,108,864 pixels"):
+        pictures.decode(png(9000), name="bomb")
     file = io.BytesIO()
     Image.new("RGB", (9000, 9000)).save(file, "JPEG", quality=1)
-    with pytest.raises(images.BadImage, match="more than 67,108,864 pixels"):
-        images.decode(file.getvalue(), name="bomb", out=np.empty((16, 16, 3), np.uint8), reduce_to=16)
+    with pytest.raises(pictures.BadImage, match="more than 67,108,864 pixels"):
+        pictures.decode(file.getvalue(), name="bomb", out=np.empty((16, 16, 3), np.uint8), reduce_to=16)
 
 
 def test_a_file_that_is_gone_is_no_damage_and_ends_the_run(shards: Path) -> None:
@@ -245,11 +245,11 @@ def test_large_photographs_are_decoded_at_a_fraction_of_their_size_and_look_the_
     photo = Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     photo.save(file, "JPEG", quality=92)
-    whole = images.decode(file.getvalue(), name="photo")
-    scaled = images.decode(file.getvalue(), name="photo", reduce_to=32)
+    whole = pictures.decode(file.getvalue(), name="photo")
+    scaled = pictures.decode(file.getvalue(), name="photo", reduce_to=32)
     assert whole.shape == (768, 1024, 3)
     assert scaled.shape[0] in range(64, 193), scaled.shape
-    exact, quick = (images.fit(p, resolution=32, channels=3).astype(int) for p in (whole, scaled))
+    exact, quick = (pictures.fit(p, resolution=32, channels=3).astype(int) for p in (whole, scaled))
     assert np.abs(exact - quick).mean() < 1.0
     assert np.abs(exact - quick).max() <= 6
 
@@ -262,6 +262,6 @@ def test_a_photograph_with_an_orientation_is_turned_as_ever(orientation: int) ->
     exif[0x0112] = orientation
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=95, exif=exif)
-    got = images.decode(file.getvalue(), name="photo")
-    assert np.array_equal(got, images.examine(file.getvalue(), name="photo").pixels)
+    got = pictures.decode(file.getvalue(), name="photo")
+    assert np.array_equal(got, pictures.examine(file.getvalue(), name="photo").pixels)
     assert got.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_gan import checkpoint_format, cli, load_generator
-from dist_gan.checkpoint import Checkpointer
+from dist_gan import cli, load_generator
+from dist_gan.checkpoint import reader
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection
-from dist_gan.config_reader import load_config, to_yaml
+from dist_gan.config.reader import load_config, to_yaml
 from dist_gan.ema import GeneratorEMA
 from dist_gan.export import open_generator
 from dist_gan.models import build_generator
@@ -74,8 +75,8 @@ def test_a_generator_that_is_made_without_memory_first_is_the_same(conditional: 
     found, direct = load_generator(str(exported)), open_generator(str(conditional))
     assert direct.class_names == NAMES
     assert direct.images == 64
-    url = checkpoint_format.newest(str(conditional / "checkpoints")).url
-    _, tensors = checkpoint_format.read(str(url))
+    url = reader.newest(str(conditional / "checkpoints")).url
+    _, tensors = reader.read(str(url))
     for module in (found, direct.module):
         assert not module.training
         for name, tensor in module.state_dict().items():
@@ -116,7 +117,7 @@ def test_a_checkpoint_whose_settings_are_not_those_of_its_tensors_is_refused(
     tmp_path: Path, runtime: Runtime, sparing: None, networks: dict[str, Any]
 ) -> None:
     run = source(tmp_path, runtime, *SMALL)
-    folder = Path(str(checkpoint_format.newest(str(run / "checkpoints")).url))
+    folder = Path(str(reader.newest(str(run / "checkpoints")).url))
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, value in networks.items():
         before = {"g_width": 4, "latent_dim": 8, "resolution": 16}[name]

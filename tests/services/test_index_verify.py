@@ -16,12 +16,12 @@ import webdataset
 from webdataset.writer import ShardWriter
 
 from dist_gan import storage
-from dist_gan.data.indexing import index, verify
 from dist_gan.data.manifest import Manifest, read_manifest
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource
-from dist_gan.data.tar_scan import DamagedTar, TarScan
-from dist_gan.images import encode_png
+from dist_gan.packing.indexing import index, verify
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
+from dist_gan.packing.tar_scan import DamagedTar, TarScan
+from dist_gan.pictures import encode_png
 from dist_gan.types import UserError
 
 QUIET = {"say": lambda sentence: None, "workers": 1}

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image, features
 
 from dist_gan import storage
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import open_source
-from dist_gan.images import EXTENSIONS, BadImage, decode, encode_png
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import open_source
+from dist_gan.pictures import EXTENSIONS, BadImage, decode, encode_png
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_gan import checkpoint_format as form
 from dist_gan import storage
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RecoverySection
 from dist_gan.health.recovery import Recovery
 from dist_gan.runtime import Runtime

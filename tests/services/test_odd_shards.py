@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gan.data.indexing import index, verify
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource
-from dist_gan.data.tar_scan import DamagedTar, TarScan
-from dist_gan.images import encode_png
+from dist_gan.packing.indexing import index, verify
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
+from dist_gan.packing.tar_scan import DamagedTar, TarScan
+from dist_gan.pictures import encode_png
 from dist_gan.types import UserError
 
 QUIET = {"say": lambda sentence: None, "workers": 1, "progress": False}

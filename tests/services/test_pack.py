@@ -22,10 +22,10 @@ import webdataset
 from PIL import Image
 
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest, write_manifest
-from dist_gan.data.pack import pack
-from dist_gan.data.shard_writer import shard_name
-from dist_gan.data.sources import ArraySource, Source, open_source
-from dist_gan.images import decode, encode_png
+from dist_gan.packing.pack import pack
+from dist_gan.packing.shard_writer import shard_name
+from dist_gan.packing.sources import ArraySource, Source, open_source
+from dist_gan.pictures import decode, encode_png
 from dist_gan.types import TrainingFailed, UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -553,8 +553,8 @@ def test_a_limit_on_file_sizes_is_told_in_a_sentence(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 import tempfile
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import open_source
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import open_source
 if __name__ == "__main__":
     pack(open_source(sys.argv[1]), sys.argv[2], resolution=32, samples_per_shard=10, workers=int(sys.argv[3]))
 """

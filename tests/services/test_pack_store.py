@@ -24,14 +24,14 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from dist_gan import storage
-from dist_gan.data import fetching
-from dist_gan.data.indexing import verify
 from dist_gan.data.manifest import Manifest, read_manifest
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource, open_source
-from dist_gan.data.store_source import HEAD_BYTES
-from dist_gan.images import encode_png
-from dist_gan.store_folder import PART_BYTES
+from dist_gan.packing import fetching
+from dist_gan.packing.indexing import verify
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource, open_source
+from dist_gan.packing.store_source import HEAD_BYTES
+from dist_gan.pictures import encode_png
+from dist_gan.storage.folder import PART_BYTES
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment, free_port
 

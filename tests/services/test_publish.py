@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dist_gan import storage
-from dist_gan.data.destinations import LocalDestination, StoreDestination
+from dist_gan.packing.destinations import LocalDestination, StoreDestination
 from dist_gan.storage import Patience
-from dist_gan.store_folder import StoreFolder
+from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed
 from tests.services.own_store import Store, own_clock, own_store
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from dist_gan import checkpoint_format as form
 from dist_gan import storage
+from dist_gan.checkpoint import reader as form
 from dist_gan.runtime import Runtime
 from dist_gan.types import TrainingFailed
 from tests.services.own_store import Store, own_clock, own_store

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_gan.data import fetching
-from dist_gan.data.fetching import ahead
-from dist_gan.data.indexing import index, verify
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
-from dist_gan.data.pack import pack
-from dist_gan.data.sources import ArraySource, open_source
-from dist_gan.data.survey import add_up, describe_sizes, is_resolution, look
-from dist_gan.data.tar_scan import DamagedTar, TarScan
-from dist_gan.images import encode_png
+from dist_gan.packing import fetching
+from dist_gan.packing.fetching import ahead
+from dist_gan.packing.indexing import index, verify
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource, open_source
+from dist_gan.packing.survey import add_up, describe_sizes, is_resolution, look
+from dist_gan.packing.tar_scan import DamagedTar, TarScan
+from dist_gan.pictures import encode_png
 from dist_gan.types import UserError
 from tests.services.own_store import own_store
 from tests.services.test_stream_reference import cls, picture, png, write_tar

@@ -14,16 +14,16 @@ import pytest
 import torch
 import webdataset
 
-from dist_gan import images, storage
+from dist_gan import pictures, storage
 from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Sample, Stage
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import held_out
-from dist_gan.data.pack import pack
 from dist_gan.data.pieces import Source
-from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
 from dist_gan.types import TrainingFailed, UserError, byte_range
 from tests.conftest import ROOT, launch, random_images
 
@@ -113,13 +113,13 @@ def test_what_fits_into_the_cache_is_decoded_once_and_nothing_else_changes(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
-    decode = images.decode
+    decode = pictures.decode
 
-    def counted(data: bytes, *, name: str, **options: object) -> images.Pixels:
+    def counted(data: bytes, *, name: str, **options: object) -> pictures.Pixels:
         decoded.append(name)
         return decode(data, name=name, **options)
 
-    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(pictures, "decode", counted)
     found, counts = [], []
     for cache in (700 * 16 * 16 * 3, 700 * 16 * 16 * 3 - 1):
         source = stream(small_shards, cache=cache, prefetch=1)
@@ -183,7 +183,7 @@ def test_larger_images_are_brought_to_size_by_the_rules_of_packing(tmp_path: Pat
     source = stream(tmp_path, batch=8, classes=0)
     batch = source.next()
     source.close()
-    wanted = images.fit(pixels[int(batch.keys[0])], resolution=16, channels=3)
+    wanted = pictures.fit(pixels[int(batch.keys[0])], resolution=16, channels=3)
     assert torch.equal(batch.images[0], torch.from_numpy(wanted.copy()).permute(2, 0, 1).float() / 127.5 - 1)
     assert batch.labels is None
 

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Damage, Sample
-from dist_gan.data.indexing import index
 from dist_gan.data.manifest import Manifest, read_manifest
 from dist_gan.data.order import held_out
-from dist_gan.data.pack import pack
 from dist_gan.data.pieces import Source
-from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.images import encode_png
+from dist_gan.packing.indexing import index
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
+from dist_gan.pictures import encode_png
 from dist_gan.types import TrainingFailed, UserError
 from tests.services.own_store import own_store
 from tests.unit.test_order_reference import reference

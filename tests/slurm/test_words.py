@@ -67,7 +67,7 @@ def test_a_line_is_words_as_a_shell_reads_them_and_nothing_of_it_is_run(
 def test_the_run_folder_is_the_one_that_train_will_read(
     value: str, folder: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_gan.config_reader import run_dir_of
+    from dist_gan.config.reader import run_dir_of
 
     monkeypatch.setenv("HOME", str(tmp_path))
     argument = f"run.dir={value.replace('TOP', str(tmp_path))}"

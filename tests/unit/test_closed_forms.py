@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 from torch.nn.functional import conv2d, linear
 
+from dist_gan.checkpoint.tensorfile import FileBuffer, from_bytes, read_header, to_bytes
 from dist_gan.config import PointsData
-from dist_gan.data import shapes
 from dist_gan.data.points import PointStream
 from dist_gan.draws import Draws
-from dist_gan.metrics.modes import fit_drawing, judge, mode_report
+from dist_gan.embedded import shapes
+from dist_gan.embedded.judge import fit_drawing, judge, mode_report
 from dist_gan.models.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear, begin_spectral
 from dist_gan.runtime.fingerprint import fingerprint
-from dist_gan.tensorfile import FileBuffer, from_bytes, read_header, to_bytes
 from dist_gan.types import UserError, facts_of
 
 # -- spectral normalisation ----------------------------------------------------------------------------------------------

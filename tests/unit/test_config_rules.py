@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.types import UserError
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_gan.config import RunConfig
-from dist_gan.config_mistakes import place_of, validate
-from dist_gan.config_reader import load_config, read_settings, run_dir_of, to_yaml
-from dist_gan.config_text import MAX_BYTES, MAX_NODES, apply_overrides, parse
+from dist_gan.config.mistakes import place_of, validate
+from dist_gan.config.reader import load_config, read_settings, run_dir_of, to_yaml
+from dist_gan.config.text import MAX_BYTES, MAX_NODES, apply_overrides, parse
 from dist_gan.types import UserError
 
 

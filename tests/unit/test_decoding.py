@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_gan import images
-from dist_gan.images import BadImage, decode, examine, fit, header
+from dist_gan.pictures import BadImage, decode, examine, fit, header
 
 Pixels = np.ndarray
 
@@ -211,7 +210,7 @@ def test_a_padded_picture_lies_in_the_middle_of_black(height: int, width: int) -
 
 def test_pictures_in_a_grid_stand_where_row_and_column_say() -> None:
     pictures = noise(5, 3, 4, 3) | 1
-    sheet = images.grid(pictures, columns=3, border=2)
+    sheet = pictures.grid(pictures, columns=3, border=2)
     assert sheet.shape == (2 * 5 + 2, 3 * 6 + 2, 3)
     for place, picture in enumerate(pictures):
         top, left = 2 + place // 3 * 5, 2 + place % 3 * 6

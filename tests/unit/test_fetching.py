@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_gan.data import fetching
-from dist_gan.data.fetching import AHEAD, AHEAD_BYTES, AT_ONCE, ahead
+from dist_gan.packing import fetching
+from dist_gan.packing.fetching import AHEAD, AHEAD_BYTES, AT_ONCE, ahead
 
 
 class Fetch:

@@ -16,13 +16,13 @@ import train
 from benchmarks.first_hour import cut
 from dist_gan import cli
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.images import write_png
 from dist_gan.models import build_networks
+from dist_gan.pictures import write_png
 from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from dist_gan import checkpoint_format, images, load_generator
+from dist_gan import load_generator, pictures
+from dist_gan.checkpoint import reader
 from dist_gan.config import DCGANNetworks
 from dist_gan.draws import Draws
 from dist_gan.evaluate import density, sample, to_pictures
@@ -31,10 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def averaged(run: Path) -> dict[str, torch.Tensor]:
     """The average in the newest checkpoint, which differs from the generator."""
-    found = checkpoint_format.newest(str(run / "checkpoints"))
+    found = reader.newest(str(run / "checkpoints"))
     assert found.url is not None
     assert found.url.endswith("-000000000240")
-    tensors = checkpoint_format.read(found.url)[1]
+    tensors = reader.read(found.url)[1]
     average = {name.removeprefix("ema/"): t for name, t in tensors.items() if name.startswith("ema/")}
     assert all(not torch.allclose(t, tensors[f"generator/weights/{name}"], atol=1e-3) for name, t in average.items())
     return average
@@ -60,7 +61,7 @@ def test_the_samples_of_a_run_are_its_averages_at_the_latents_of_the_seed(run: P
     weights = {name: t.float() for name, t in averaged(run).items()}
     hidden = torch.nn.functional.leaky_relu(latents @ weights["hidden.0.weight"].T + weights["hidden.0.bias"], 0.2)
     points = hidden @ weights["out.weight"].T + weights["out.bias"]
-    expected = images.grid(density(points.numpy())[None], columns=1)
+    expected = pictures.grid(density(points.numpy())[None], columns=1)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
 
 
@@ -80,7 +81,7 @@ def exported(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     return folder, generator
 
 
-def pictures(generator: torch.nn.Module, latents: torch.Tensor, labels: list[int]) -> np.ndarray:
+def drawn(generator: torch.nn.Module, latents: torch.Tensor, labels: list[int]) -> np.ndarray:
     with torch.no_grad():
         return to_pictures(generator(latents, torch.tensor(labels)))
 
@@ -96,7 +97,7 @@ def test_pictures_go_through_the_classes_unless_one_is_asked_for(
     folder, generator = exported
     list(write_samples(open_generator(str(folder)), str(tmp_path / "out"), count=5, label=label))
     latents = Draws(0).normal("latents/samples", draw=0, slots=torch.arange(5), shape=(4,))
-    expected = pictures(generator, latents, labels)
+    expected = drawn(generator, latents, labels)
     assert len({picture.tobytes() for picture in expected}) == 5
     assert np.abs(in_folder(tmp_path / "out").astype(int) - expected).max() <= 1
 
@@ -112,7 +113,7 @@ def test_a_walk_goes_along_the_circle_from_one_latent_to_the_next_within_a_class
         a, b = ends[2 * row], ends[2 * row + 1]
         angle = torch.acos(torch.dot(a, b) / (a.norm() * b.norm()))
         middle = torch.sin(angle / 2) / torch.sin(angle) * (a + b)
-        rows.append(pictures(generator, torch.stack((a, middle, b)), [row] * 3))
+        rows.append(drawn(generator, torch.stack((a, middle, b)), [row] * 3))
     shown = in_folder(tmp_path / "walk")
     assert np.abs(shown.astype(int) - np.concatenate(rows)).max() <= 1
     assert len({picture.tobytes() for picture in shown}) == 6

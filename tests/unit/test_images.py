@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_gan.images import BadImage, decode, encode_png, examine, fit, grid, header, write_png
+from dist_gan.pictures import BadImage, decode, encode_png, examine, fit, grid, header, write_png
 from dist_gan.types import TrainingFailed
 
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from dist_gan import checkpoint_format as form
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection
 from dist_gan.types import UserError
 from tests.games import Game, game
@@ -107,7 +107,7 @@ def by_hand(folder: Path) -> dict[str, torch.Tensor]:
             offsets = [8 + head_bytes + offset for offset in facts["data_offsets"]]
             tensors[tensor] = {"file": name, "shape": facts["shape"], "dtype": facts["dtype"], "offsets": offsets}
     manifest = {
-        "format": "dist_gan.checkpoint",
+        "format": "dist_gan.checkpoint.writer",
         "version": 1,
         "serial": int(folder.name.split("-")[1]),
         "images": int(folder.name.split("-")[2]),

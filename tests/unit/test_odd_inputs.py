@@ -13,10 +13,10 @@ import pytest
 
 from dist_gan import cli
 from dist_gan.config import RunConfig
-from dist_gan.config_reader import load_config
-from dist_gan.data.listing import File, folders_of, list_images
+from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import Manifest, Shard
-from dist_gan.data.sources import open_source
+from dist_gan.packing.listing import File, folders_of, list_images
+from dist_gan.packing.sources import open_source
 from dist_gan.run_folder import RunFolder
 from dist_gan.sampling import MAX_PICTURES, _is_grid, write_samples
 from dist_gan.types import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dist_gan import records, storage
-from dist_gan.config_reader import load_config
+from dist_gan.config.reader import load_config
 from dist_gan.records import Damaged, Record
 from dist_gan.run_folder import RunFolder, note_end, note_start, sees_attempt
 from dist_gan.tracker import Tracker

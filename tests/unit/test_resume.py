@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_gan import checkpoint_format
+from dist_gan.checkpoint import reader
 from dist_gan.export import export_generator
 from dist_gan.run_folder import note_end, note_start
 from dist_gan.types import TrainingFailed, UserError
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept(run: Path, serial: int = 2) -> dict[str, Tensor]:
     (place,) = (run / "checkpoints").glob(f"checkpoint-{serial:04d}-*")
-    return checkpoint_format.read(str(place))[1]
+    return reader.read(str(place))[1]
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from dist_gan.checkpoint import Checkpointer
+from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import AdamSection, CheckpointSection, RunConfig, RuntimeSection, SGDSection
 from dist_gan.models.spectral import SpectralLinear, begin_spectral
 from dist_gan.resume import _not_bitwise

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dist_gan.data.shapes import AREA, CLASS_NAMES, PALETTE, SHAPES, SHIFT, cover, draw_shapes, paint
-from dist_gan.metrics.modes import judge, mode_report
+from dist_gan.embedded.judge import judge, mode_report
+from dist_gan.embedded.shapes import AREA, CLASS_NAMES, PALETTE, SHAPES, SHIFT, cover, draw_shapes, paint
 
 Pictures = NDArray[np.uint8]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import train
-from dist_gan import cli, start, wording
-from dist_gan.checkpoint_format import listed
-from dist_gan.config_reader import load_config
-from dist_gan.config_rules import KNOBS, logged_scalars
+from dist_gan import cli, wording
+from dist_gan.checkpoint.reader import listed
+from dist_gan.config.reader import load_config
+from dist_gan.config.rules import KNOBS, logged_scalars
 from dist_gan.models import build_networks, count_parameters, sizes
+from dist_gan.process import start
 from dist_gan.types import Knobs, UserError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_gan import storage
-from dist_gan.store_folder import StoreFolder, is_inside
+from dist_gan.storage.folder import StoreFolder, is_inside
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment
 

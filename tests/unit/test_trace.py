@@ -24,12 +24,12 @@ from dist_gan.config import (
 )
 from dist_gan.config import RunConfig as Config
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pack import pack
 from dist_gan.data.pieces import Source
-from dist_gan.data.sources import ArraySource
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
+from dist_gan.packing.pack import pack
+from dist_gan.packing.sources import ArraySource
 from dist_gan.runtime import Launch, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at

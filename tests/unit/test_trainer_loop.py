@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_gan import checkpoint_format, images
+from dist_gan import pictures
+from dist_gan.checkpoint import reader
 from dist_gan.draws import Draws
 from dist_gan.evaluate import density
 from dist_gan.models import build_generator
@@ -38,7 +39,7 @@ def checkpoints(folder: Path, mark: str = "COMMIT") -> list[tuple[int, int]]:
 
 def content(folder: Path, serial: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     (place,) = (folder / "checkpoints").glob(f"checkpoint-{serial:04d}-*")
-    return checkpoint_format.read(str(place))
+    return reader.read(str(place))
 
 
 def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -89,7 +90,7 @@ def test_a_run_logs_saves_and_draws_at_its_intervals_and_at_its_end(tmp_path: Pa
         generator = build_generator(points_config().networks).double()
         generator.load_state_dict({n.removeprefix("ema/"): t for n, t in tensors.items() if n.startswith("ema/")})
         with torch.no_grad():
-            expected = images.grid(density(generator(latents).float().numpy())[None], columns=1)
+            expected = pictures.grid(density(generator(latents).float().numpy())[None], columns=1)
         shown = np.asarray(Image.open(tmp_path / "samples" / f"generated-{count:012d}.png"))
         assert np.array_equal(shown, expected), count
 

@@ -1,0 +1,128 @@
+"""Retention of checkpoints, and the files by which a rollback marks them. Called on rank 0 only.
+
+Checkpoints are compared by serial, never by name: as text, 10000 comes before 9999.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_gan import records, storage
+from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import schema
+from dist_gan.checkpoint.reader import Entry
+from dist_gan.config import CheckpointSection
+from dist_gan.records import Damaged, Record
+from dist_gan.types import UserError
+
+INTENT = "rollback.json"
+"""Name of the file beside the checkpoints that describes a rollback in progress, for a restart to finish it."""
+_RESTORE = "; a rollback was under way: restore the file, or delete it to go on from the newest checkpoint"
+
+
+def retire(folder: str, newest: str, section: CheckpointSection) -> None:
+    """Deletes checkpoints that the settings do not keep, if the newest is intact; failed deletions are ignored."""
+    if form.verify(newest):
+        return
+    found = list(form.entries(folder))[::-1]
+    alive = [entry for entry in found if entry.is_committed and not entry.is_abandoned]
+    kept = {entry.url for entry in alive[-section.keep :]} | {newest}
+    kept |= {entry.url for entry in [entry for entry in alive if entry.is_healthy][-1:]}
+    kept |= _milestones(alive, section.keep_every) | _best(alive, section.keep_best)
+    serial = form.serial_of(newest)
+    for entry in found:
+        if entry.url in kept or (not entry.is_committed and entry.serial > serial):
+            continue
+        try:
+            storage.remove(storage.join(entry.url, form.COMMIT))
+            storage.remove_folder(entry.url)
+        except OSError:
+            continue  # without COMMIT it is not a checkpoint, and the next retention tries again
+
+
+def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:
+    """Names of the first checkpoint at or after each multiple of `every` images."""
+    found, last = set(), -1
+    for entry in alive if every else ():
+        if entry.images // (every or 1) > last:
+            found.add(entry.url)
+            last = entry.images // (every or 1)
+    return found
+
+
+def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
+    """Name of the checkpoint with the lowest value of the scalar `wanted`, or the highest for `-scalar`."""
+    if not wanted:
+        return set()
+    name, sign = wanted.removeprefix("-"), -1.0 if wanted.startswith("-") else 1.0
+    values = {}
+    for entry in alive:
+        try:
+            value = form.read_manifest(entry.url).get("scalars", {}).get(name, math.nan)
+        except Damaged:
+            continue
+        if math.isfinite(value):
+            values[entry.url] = sign * value
+    return {min(values, key=lambda url: values[url])} if values else set()
+
+
+# -- rollbacks ----------------------------------------------------------------------------------------------------
+
+
+def intend_rollback(folder: str, target: str, intent: Mapping[str, Any]) -> None:
+    """Records, before any other action of a rollback, that all checkpoints after `target` are abandoned."""
+    value = {"target": target.rsplit("/", 1)[-1], **intent}
+    storage.publish(storage.join(folder, INTENT), json.dumps(value).encode())
+
+
+def intended_rollback(folder: str) -> dict[str, Any] | None:
+    """The note of a rollback left unfinished by a killed process; None if there is none.
+
+    Raises:
+        UserError: the note is damaged. Ignoring it would revive abandoned checkpoints.
+        TrainingFailed: the store does not answer.
+    """
+    try:
+        intent = records.load(storage.join(folder, INTENT), remedy=_RESTORE)
+        if "/" in intent.text("target") or not form.is_name(intent.text("target")):
+            raise intent.problem("target", "a checkpoint's name")
+        _check(intent)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        text = str(error)
+        raise UserError(text if _RESTORE in text else text + _RESTORE) from error
+    return intent.values
+
+
+def check_complete(intent: dict[str, Any], folder: str) -> None:
+    """Raises Damaged unless the note of a rollback holds every entry that the rollback needs."""
+    record = Record(intent, place=storage.redact(storage.join(folder, INTENT)), remedy=_RESTORE)
+    schema.check_recovery(record.record("recovery"))
+    schema.check_stream(record.record("stream"))
+    record.number("seconds", low=0)
+
+
+def _check(intent: Record) -> None:
+    if "recovery" in intent:
+        intent.record("recovery").whole("rollbacks")
+    if "stream" in intent:
+        schema.check_stream(intent.record("stream"))
+    if "seconds" in intent:
+        intent.number("seconds", low=0)
+
+
+def abandon_after(folder: str, target: str) -> None:
+    """Marks every checkpoint that is newer than `target`."""
+    serial = form.serial_of(target)
+    for other, name in form.listed(folder):
+        if other > serial:
+            storage.publish(storage.join(folder, name, form.ABANDONED), b"")
+
+
+def end_rollback(folder: str) -> None:
+    """Deletes the note of a rollback, once the rollback's own checkpoint has been committed."""
+    storage.remove(storage.join(folder, INTENT))

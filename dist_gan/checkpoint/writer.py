@@ -1,0 +1,416 @@
+"""Writes checkpoints from all ranks together, in the background, whole or not at all.
+
+The training thread only copies: each rank its share, into one buffer that is laid out as the file. What follows (hash,
+write, manifest, COMMIT, retention) is the business of a thread on each rank, which agree over a process group of their
+own. At most one checkpoint is in flight. dist_gan.checkpoint.reader says what a checkpoint is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dist_gan import storage
+from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import retention, schema
+from dist_gan.checkpoint.reader import Found
+from dist_gan.checkpoint.tensorfile import FileBuffer
+from dist_gan.config import CheckpointSection
+from dist_gan.config.reader import differences, read_written
+from dist_gan.runtime import Comparison, Runtime
+from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
+from dist_gan.wording import safe
+
+
+class Written(NamedTuple):
+    """A checkpoint that has been committed."""
+
+    url: str
+    images: int
+    blocked_s: float
+    """Seconds that training stood still for it."""
+    durable_s: float
+    """Seconds from its boundary to its commit."""
+
+
+class _Job(NamedTuple):
+    """Work for the thread that writes a checkpoint."""
+
+    url: str
+    images: int
+    file: str
+    values: str
+    """JSON state of all parts, as it was at the boundary."""
+    scalars: Scalars
+    comparison: Comparison
+    ready: torch.cuda.Event | None
+    """Reached once a GPU's copies have arrived."""
+    began: float
+    blocked_s: float
+
+
+class Checkpointer:
+    """Saves and loads on all ranks together.
+
+    Args:
+        folder: URL of the folder that holds the checkpoints of a run.
+        runtime: this process and its process groups.
+        section: settings for the retention of checkpoints.
+        facts: JSON about the run that every manifest repeats, such as the configuration's hash.
+        logs: local log files, flushed to the disk before a checkpoint is committed.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        runtime: Runtime,
+        section: CheckpointSection,
+        facts: Mapping[str, Any],
+        logs: Sequence[Path] = (),
+    ) -> None:
+        self.folder = folder
+        self._runtime = runtime
+        self._section = section
+        self._facts = dict(facts)
+        self._logs = tuple(logs)
+        self._serial: int | None = None
+        self._buffer: FileBuffer | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._written: list[Written] = []
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save(self, images: int, parts: Mapping[str, Stateful], *, scalars: Scalars | None = None) -> str:
+        """Takes the state as it is now and returns the URL that it is going to be committed at.
+
+        Waits only for a checkpoint that is still in flight, and for the copies.
+
+        Args:
+            images: images seen.
+            parts: what has a past, by name.
+            scalars: what the log last showed, for `keep_best`.
+
+        Raises:
+            TrainingFailed: on every rank, if the checkpoint before this one could not be written.
+        """
+        began = time.perf_counter()
+        self.drain()
+        runtime = self._runtime
+        url = self._next_url(images)
+        table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
+        mine = _dealt(table, runtime.world_size)[runtime.rank]
+        share = {name: table[name] for name in mine}
+        if self._buffer is None or self._buffer.table != share:
+            self._buffer = FileBuffer(share, pinned=runtime.device.type == "cuda")
+        comparison = runtime.comparison()
+        given = 0
+        for part, state in parts.items():
+            for name, tensor in state.tensors():
+                whole = f"{part}/{name}"
+                comparison.add(whole, tensor)
+                given += 1
+                if whole in share:
+                    self._buffer.put(whole, tensor)
+        if given != len(table):
+            raise TrainingFailed(
+                f"a checkpoint cannot be written: {given} tensors came, and {len(table)} were announced"
+            )
+        job = _Job(
+            url=url,
+            images=images,
+            file=f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors",
+            values=json.dumps({part: state.values() for part, state in parts.items()}),
+            scalars=dict(scalars or {}),
+            comparison=comparison,
+            ready=runtime.now_on_device(),
+            began=began,
+            blocked_s=time.perf_counter() - began,
+        )
+        self._thread = threading.Thread(target=self._run, args=(job, self._buffer), name="checkpoint", daemon=True)
+        self._thread.start()
+        return url
+
+    @property
+    def is_writer(self) -> bool:
+        """True if this rank, rank 0, writes marks and commits."""
+        return self._runtime.is_main
+
+    @property
+    def order_of_sums(self) -> dict[str, Any]:
+        """Manifest entries that determine the order of summation over ranks."""
+        return {
+            "world_size": self._runtime.world_size,
+            "strategy": self._runtime.launch.strategy,
+            "gradient_layout": self._facts.get("gradient_layout"),
+        }
+
+    @property
+    def failed(self) -> bool:
+        """True if this rank knows that the checkpoint in flight has failed; `drain` raises the reason on all ranks."""
+        return self._problem is not None
+
+    def finished(self) -> list[Written]:
+        """Checkpoints that have been committed since the last call."""
+        found, self._written = self._written, []
+        return found
+
+    def drain(self) -> None:
+        """Waits for the checkpoint in flight.
+
+        Raises:
+            TrainingFailed: it could not be written; on every rank.
+        """
+        if self._thread is None:
+            return
+        self._runtime.mark("waiting for a checkpoint")
+        self._thread.join(timeout=self._section.wait_s)
+        if self._thread.is_alive():
+            raise TrainingFailed(
+                f"a checkpoint was still being written after {self._section.wait_s} s (checkpoint.wait_s); "
+                f"is {storage.redact(self.folder)} reachable?"
+            )
+        self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    # -- the writing thread ---------------------------------------------------------------------------------------
+
+    def _run(self, job: _Job, buffer: FileBuffer) -> None:
+        try:
+            self._write(job, buffer)
+            self._written.append(Written(job.url, job.images, job.blocked_s, time.perf_counter() - job.began))
+            if self._runtime.is_main:
+                self._clear_away(job.url)
+        except BaseException as error:  # is raised by `drain`, on the training thread
+            self._problem = error
+
+    def _write(self, job: _Job, buffer: FileBuffer) -> None:
+        runtime = self._runtime
+        if job.ready is not None:
+            job.ready.synchronize()
+        runtime.compare(job.comparison)
+        data = buffer.bytes()
+        digest = _Digest(data)
+        problem, written = None, {}
+        try:
+            storage.make_folder(job.url)
+            storage.publish(storage.join(job.url, job.file), data)
+            written = {"file": job.file, "bytes": len(data), "sha256": digest.result(), "tensors": buffer.places}
+        except TrainingFailed as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"cannot write {storage.redact(job.url)}: {storage.why(error)}"
+        except Exception as error:  # whatever it is, the other ranks wait for this one's word
+            problem = f"cannot write {storage.redact(job.url)}: {type(error).__name__}"
+        files = runtime.gather_json({"problem": problem, "written": written}, writer=True)
+        _raise_first([f["problem"] for f in files])
+        problem = None
+        if runtime.is_main:
+            try:
+                self._commit(job, [f["written"] for f in files])
+            except TrainingFailed as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
+            except Exception as error:
+                problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
+        _raise_first([runtime.share_json(problem, writer=True)])
+
+    def _commit(self, job: _Job, files: list[Any]) -> None:
+        manifest = {
+            "format": schema.FORMAT,
+            "version": schema.VERSION,
+            "serial": form.serial_of(job.url),
+            "images": job.images,
+            "world_size": self._runtime.world_size,
+            "strategy": self._runtime.launch.strategy,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **self._facts,
+            "scalars": job.scalars,
+            "files": {f["file"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in files},
+            "tensors": {name: {"file": f["file"], **entry} for f in files for name, entry in f["tensors"].items()},
+            "values": json.loads(job.values),
+        }
+        data = json.dumps(manifest, indent=1).encode()
+        for log in self._logs:  # in this thread, so that training does not wait for the disk
+            storage.sync_file(log)
+        storage.publish(storage.join(job.url, "manifest.json"), data)
+        storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
+
+    # -- retention ------------------------------------------------------------------------------------------------
+
+    def _clear_away(self, newest: str) -> None:
+        try:
+            self._retire(newest)
+        except Exception as error:  # a checkpoint too many is no reason to stop training
+            print(safe(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})"), flush=True)
+
+    def _retire(self, newest: str) -> None:
+        retention.retire(self.folder, newest, self._section)
+
+    # -- marks ----------------------------------------------------------------------------------------------------
+
+    def mark_healthy(self, url: str) -> None:
+        """Says that training went on well from a checkpoint. Rank 0 alone."""
+        if storage.exists(storage.join(url, form.COMMIT)):
+            storage.publish(storage.join(url, form.HEALTHY), b"")
+
+    def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
+        """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
+        retention.intend_rollback(self.folder, target, intent)
+
+    def abandon_after(self, target: str) -> None:
+        """Marks every checkpoint newer than `target`. Rank 0 alone."""
+        retention.abandon_after(self.folder, target)
+
+    def intended_rollback(self) -> dict[str, Any] | None:
+        """The note of a rollback left unfinished by a killed process, the same on every rank; None if there is none.
+
+        Raises:
+            UserError: the note is damaged.
+        """
+        value: dict[str, Any] | None = self._on_main(lambda: retention.intended_rollback(self.folder))
+        return value
+
+    def end_rollback(self) -> None:
+        """Says that the rollback's own checkpoint has been committed. Rank 0 alone."""
+        retention.end_rollback(self.folder)
+
+    # -- loading --------------------------------------------------------------------------------------------------
+
+    def _next_url(self, images: int) -> str:
+        if self._serial is None:
+            self._serial = self._on_main(lambda: max((serial for serial, _ in form.listed(self.folder)), default=0))
+        self._serial += 1
+        return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
+
+    def _on_main(self, look: Callable[[], Any]) -> Any:
+        """Calls `look` on rank 0; returns its JSON value, or raises its exception, on every rank."""
+        found: dict[str, Any] = {}
+        if self._runtime.is_main:
+            try:
+                found = {"found": look()}
+            except UserError as error:
+                found = {"mistake": str(error)}
+            except TrainingFailed as error:
+                found = {"failure": str(error)}
+        found = self._runtime.share_json(found)
+        if "mistake" in found:
+            raise UserError(found["mistake"])
+        if "failure" in found:
+            raise TrainingFailed(found["failure"])
+        return found["found"]
+
+    def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
+        """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
+
+        Raises:
+            UserError: there are committed checkpoints and all of them are damaged.
+            TrainingFailed: the store does not answer.
+        """
+        found = self._on_main(lambda: form.newest(self.folder, healthy=healthy, before=before)._asdict())
+        result = Found(found["url"], tuple(found["damaged"]))
+        if result.url is None and result.damaged and not healthy:
+            raise UserError(
+                f"run.dir: every checkpoint in {storage.redact(self.folder)} is damaged ({'; '.join(result.damaged)}); "
+                f"restore one, or move the folder away to begin anew"
+            )
+        return result
+
+    def load(self, url: str, parts: Mapping[str, Stateful]) -> dict[str, Any]:
+        """Restores the given parts from a checkpoint; returns its manifest.
+
+        Raises:
+            UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
+            TrainingFailed: on every rank, if the store does not answer.
+        """
+        problem: dict[str, str] = {}
+        manifest: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            manifest, tensors = form.read(url)
+        except UserError as error:
+            problem = {"mistake": str(error)}
+        except TrainingFailed as error:
+            problem = {"failure": str(error)}
+        for found in self._runtime.gather_json(problem):
+            if "mistake" in found:
+                raise UserError(found["mistake"])
+            if "failure" in found:
+                raise TrainingFailed(found["failure"])
+        self._refuse_other_settings(url, manifest)
+        lacking = parts.keys() - manifest["values"].keys()
+        if lacking:
+            raise UserError(
+                f"{storage.redact(url)}: does not hold {', '.join(sorted(lacking))}; take another checkpoint"
+            )
+        for part, state in parts.items():
+            prefix = f"{part}/"
+            try:
+                state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                state.load_values(manifest["values"][part])
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"{storage.redact(url)} does not fit this run: {error}") from error
+        return manifest
+
+    def _refuse_other_settings(self, url: str, manifest: Mapping[str, Any]) -> None:
+        """Raises UserError if a checkpoint's settings are missing, or differ where a resumed run has to keep them."""
+        mine, theirs = self._facts.get("config"), manifest.get("config")
+        if mine is None or mine == theirs:
+            return
+        place = storage.redact(url)
+        if theirs is None:
+            raise UserError(f"{place} is damaged: its manifest.json has no settings{form.ANOTHER}")
+        before, _ = read_written(theirs, place=f"the settings in {place}/manifest.json")
+        changed = differences(before, read_written(mine, place="the settings of this run")[0])
+        if changed:
+            raise UserError(
+                f"{place} belongs to a run with other settings ({'; '.join(changed)}); start with the settings of that run, "
+                f"or take its weights alone: run.init_from={place} in another run.dir"
+            )
+
+
+class _Digest:
+    """sha256 of a buffer, computed in a thread of its own while the buffer is being written."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._hash = hashlib.sha256()
+        self._thread = threading.Thread(target=self._hash.update, args=(data,), name="checkpoint hash", daemon=True)
+        self._thread.start()
+
+    def result(self) -> str:
+        """Waits for the hash."""
+        self._thread.join()
+        return self._hash.hexdigest()
+
+
+def _raise_first(problems: list[str | None]) -> None:
+    """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise TrainingFailed(text if len(problems) == 1 else f"rank {rank}: {text}")
+
+
+def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
+    """Names for each rank: the largest first, always to the rank that has the fewest bytes."""
+    hands: list[list[str]] = [[] for _ in range(ranks)]
+    held = [0] * ranks
+    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
+        rank = held.index(min(held))
+        hands[rank].append(name)
+        held[rank] += tensors[name].nbytes
+    return hands

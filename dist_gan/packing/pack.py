@@ -1,0 +1,267 @@
+"""Images become WebDataset shards with a manifest. A pack that is killed goes on when it is started again.
+
+The way of a pack through its folder: `.pack-plan.json` says what is being made; every shard appears under its name
+when it is whole, with a hidden index beside it; `manifest.json` comes last, and then plan and indexes go. Training
+takes no folder without a manifest.
+
+Memory: a worker holds one image decoded, and of images in a store at most `fetching.AHEAD_BYTES` more; a shard grows in
+a file on a local disk, one a worker. The first process holds the list of images: a few hundred bytes each, and about a
+kilobyte each while a store is listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from dist_gan import storage
+from dist_gan.data.manifest import Manifest, write_manifest
+from dist_gan.packing.destinations import open_destination
+from dist_gan.packing.listing import Entry
+from dist_gan.packing.pack_folder import (
+    SKIPPED,
+    Settled,
+    already_packed,
+    begun,
+    is_stray,
+    remove_leftovers,
+    write_plan,
+)
+from dist_gan.packing.processes import Tell, Workers, num_cores
+from dist_gan.packing.shard_writer import (
+    Bad,
+    Finished,
+    ShardJob,
+    ShardSettings,
+    chunks,
+    finished_shards,
+    index_name,
+    raise_if_bad,
+    shard_name,
+    write_shard,
+)
+from dist_gan.packing.sources import Reader, Source
+from dist_gan.packing.survey import MAX_RESOLUTION, MIN_RESOLUTION, is_resolution, settle
+from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import safe
+
+SAMPLES_PER_SHARD = 4096
+_VERSION = 2
+_FEW_IMAGES = 4000
+"""So few are packed before a second process has started."""
+
+
+def say_on_stderr(sentence: str) -> None:
+    """One line for the person at the terminal."""
+    print(safe(sentence), file=sys.stderr)
+
+
+def progress_bar(what: str, progress: bool | None, *, total: int | None) -> tqdm[NoReturn]:
+    """A bar of images on the terminal; with None only where there is a terminal."""
+    return tqdm(total=total, unit="image", desc=what, disable=None if progress is None else not progress)
+
+
+def pack(
+    source: Source,
+    dest: str,
+    *,
+    resolution: int | None = None,
+    channels: int | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    upscale: bool = False,
+    pad: bool = False,
+    labels: bool = True,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    progress: bool | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Manifest:
+    """Writes a source's images into shards and returns their manifest.
+
+    The same images and options give the same bytes, whatever the number of workers, and starting again goes on
+    where a killed pack stopped. Samples come in the order of a hash of their key, so shards are not sorted by class.
+    An image that fits and is a plain 8-bit JPEG or PNG keeps its bytes; every other becomes a PNG.
+
+    Args:
+        source: images, from `open_source` or `ArraySource`.
+        dest: folder of the shards, a path or a URL; absent, empty, or begun by the same pack.
+        resolution: side of the images in pixels, a power of two from 16 to 1024; None takes the images' own.
+        channels: 1 or 3; None takes the images' own.
+        samples_per_shard: images in each shard but the last.
+        upscale: enlarges smaller images instead of refusing them.
+        pad: puts smaller images on black instead of refusing them.
+        labels: writes a `.cls` for each image where the source has labels.
+        skip_bad: leaves out images that cannot be used and lists them in `skipped.txt`.
+        workers: processes; None for one a core. With 1 no process is made.
+        progress: a bar on the terminal; None shows one only where there is a terminal.
+        say: takes sentences for the user.
+
+    Raises:
+        UserError: options, source or folder are wrong, or images are bad (up to ten are listed).
+        TrainingFailed: the disk is full, the folder does not take the files, or a store does not answer; nothing half
+            is left.
+    """
+    _check_options(resolution, channels, samples_per_shard, upscale, pad, workers)
+    folder = open_destination(dest, source)
+    plan = _plan_of(source, resolution, channels, samples_per_shard, upscale, pad, labels)
+    names = folder.names()
+    finished = already_packed(folder, names, plan, say)
+    if finished is not None:
+        _say_notes(source, say)
+        return finished
+    settled = begun(folder, names, plan)
+    folder.make()
+    num_workers = workers or (1 if len(source.entries) < _FEW_IMAGES else num_cores())
+    if "memory" in (storage.scheme_of(source.place), storage.scheme_of(folder.url)):
+        num_workers = 1  # another process has another memory
+    with folder.alone(is_stray), Workers(source.reader, count=num_workers) as processes:
+        if settled is None:
+            with progress_bar("looking", progress, total=len(source.entries)) as bar:
+                settled = Settled(
+                    *settle(
+                        source,
+                        resolution=resolution,
+                        channels=channels,
+                        skip_bad=skip_bad,
+                        workers=processes,
+                        tell=bar.update,
+                    )
+                )
+            write_plan(folder, plan, settled)
+        settings = ShardSettings(
+            folder=folder,
+            plan=plan,
+            resolution=settled.resolution,
+            channels=settled.channels,
+            upscale=upscale,
+            pad=pad,
+            labels=labels,
+            skip_bad=skip_bad,
+        )
+        jobs = _jobs(source, samples_per_shard)
+        there = {number for number, _ in _usable(settings, len(jobs))}
+        missing = [job for job in jobs if job.number not in there]
+        if there:
+            say(f"{folder.url}: going on: {len(jobs) - len(missing)} of {len(jobs)} shards are there already")
+        with progress_bar("packing", progress, total=len(source.entries)) as bar:
+            bar.update(len(source.entries) - sum(len(job.entries) for job in missing))
+            _write(settings, missing, processes, tell=bar.update, place=source.place)
+        return _finish(settings, len(jobs), source, say)
+
+
+def _check_options(
+    resolution: int | None, channels: int | None, samples_per_shard: int, upscale: bool, pad: bool, workers: int | None
+) -> None:
+    if resolution is not None and not is_resolution(resolution):
+        raise UserError(
+            f"resolution: {resolution} is not a power of two from {MIN_RESOLUTION} to {MAX_RESOLUTION}, which the "
+            f"networks need; give 32, 64, 128 or the like"
+        )
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels: {channels} is neither 1 (grey) nor 3 (RGB)")
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard: {samples_per_shard} is not positive; {SAMPLES_PER_SHARD} is usual")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: {workers} is not positive; leave it out for one a core")
+    if upscale and pad:
+        raise UserError("upscale and pad exclude each other: give --pad for a black border or --upscale to enlarge")
+
+
+def _plan_of(
+    source: Source,
+    resolution: int | None,
+    channels: int | None,
+    samples_per_shard: int,
+    upscale: bool,
+    pad: bool,
+    labels: bool,
+) -> str:
+    """Hash of all that decides about the bytes of the shards. `skip_bad` does not: whole shards serve both."""
+    options = [_VERSION, resolution, channels, samples_per_shard, upscale, pad, labels, source.classes]
+    digest = hashlib.sha256(json.dumps([*options, source.identity]).encode("ascii"))
+    for entry in source.entries:
+        digest.update(json.dumps(entry).encode("ascii"))
+    return digest.hexdigest()
+
+
+def _origin(source: Source, plan: str) -> str:
+    return f"dist-gan pack of {Path(source.place).name} (plan {plan})"
+
+
+def _jobs(source: Source, samples_per_shard: int) -> list[ShardJob]:
+    def scattered(entry: Entry) -> bytes:
+        return hashlib.sha256(entry.key.encode()).digest()
+
+    order = tuple(sorted(source.entries, key=scattered))
+    return [ShardJob(number, part) for number, part in enumerate(chunks(order, samples_per_shard))]
+
+
+def _usable(settings: ShardSettings, num_shards: int) -> Iterator[tuple[int, Finished]]:
+    for number, finished in finished_shards(settings.folder, range(num_shards), plan=settings.plan):
+        if settings.skip_bad or not finished.skipped:
+            yield number, finished
+
+
+def _write(
+    settings: ShardSettings, missing: list[ShardJob], processes: Workers[Reader], *, tell: Tell, place: str
+) -> None:
+    bad: list[Bad] = []
+    begun: list[ShardJob] = []
+
+    def until_bad() -> Iterator[ShardJob]:
+        for job in missing:
+            if bad:
+                return
+            settings.folder.check_alone()
+            begun.append(job)
+            yield job
+
+    for found in processes.run(partial(write_shard, settings), until_bad(), tell=tell):
+        bad.extend(found)
+    seen = None if len(begun) == len(missing) else sum(len(job.entries) for job in begun)
+    raise_if_bad(bad, place=place, seen=seen)
+
+
+def _say_notes(source: Source, say: Callable[[str], None]) -> None:
+    for note in source.notes:
+        say(f"{source.place}: {note}")
+
+
+def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Callable[[str], None]) -> Manifest:
+    settings.folder.check_alone()
+    by_number = dict(_usable(settings, num_shards))
+    for number in range(num_shards):
+        if number not in by_number:
+            raise TrainingFailed(
+                f"{storage.join(settings.folder.url, shard_name(number))} ({index_name(number)}) was changed while the "
+                f"pack was at work; start the same command again"
+            )
+    finished = [by_number[number] for number in range(num_shards)]
+    skipped = sorted(image for shard in finished for image in shard.skipped)
+    shards = tuple(shard.shard for shard in finished if shard.shard is not None)
+    if not shards:
+        raise_if_bad(skipped, place=source.place)
+    folder = settings.folder
+    manifest = Manifest(
+        resolution=settings.resolution,
+        channels=settings.channels,
+        classes=source.classes if settings.labels else None,
+        shards=shards,
+        origin=_origin(source, settings.plan),
+    )
+    _say_notes(source, say)
+    if skipped:
+        lines = "".join(f"{safe(image.member)}\t{safe(' '.join(image.reason.split()))}\n" for image in skipped)
+        storage.publish(storage.join(folder.url, SKIPPED), lines.encode("utf-8"))
+        listed = storage.join(folder.url, SKIPPED)
+        say(f"{source.place}: left out {len(skipped):,} bad images; they are listed in {listed}")
+    write_manifest(folder.url, manifest)
+    remove_leftovers(folder, folder.names())
+    return manifest

@@ -1,0 +1,277 @@
+"""Turns the images of one shard into a tar: the work of one job, which gives the same bytes wherever it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from dist_gan import storage
+from dist_gan.data.labels import parse_json
+from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
+from dist_gan.packing.destinations import Destination
+from dist_gan.packing.fetching import ahead
+from dist_gan.packing.listing import MAX_SHOWN, Entry
+from dist_gan.packing.processes import Tell
+from dist_gan.packing.sources import UNREADABLE, Reader
+from dist_gan.packing.store_source import at_once
+from dist_gan.packing.tar_scan import TarScan
+from dist_gan.pictures import MAX_FILE_BYTES, BadImage, encode_png, examine, fit
+from dist_gan.types import TrainingFailed, UserError
+
+_TELL_EVERY = 64
+
+
+class Bad(NamedTuple):
+    """An image that cannot be packed."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What all shards of a pack have in common."""
+
+    folder: Destination
+    plan: str
+    """Hash of the source and all options; an index of another plan is not ours."""
+    resolution: int
+    channels: int
+    upscale: bool
+    pad: bool
+    labels: bool
+    skip_bad: bool
+
+
+class ShardJob(NamedTuple):
+    """One shard to be written."""
+
+    number: int
+    entries: tuple[Entry, ...]
+
+
+class Finished(NamedTuple):
+    """A shard that is whole."""
+
+    shard: Shard | None
+    """None where every image of it was skipped."""
+    skipped: tuple[Bad, ...]
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.tar"
+
+
+def index_name(number: int) -> str:
+    """File name of what is known of a finished shard until the manifest is written."""
+    return f".shard-{number:05d}.json"
+
+
+def write_shard(settings: ShardSettings, reader: Reader, job: ShardJob, tell: Tell) -> tuple[Bad, ...]:
+    """Writes a shard and its index; if bad images are not to be skipped, returns them and leaves nothing.
+
+    Raises:
+        TrainingFailed: the folder does not take the files, or a store does not answer.
+        UserError: a store refuses access.
+    """
+    name, folder = shard_name(job.number), settings.folder
+    try:
+        with folder.new_file(name) as file:
+            bad, num_written = _write_tar(settings, reader, job.entries, file, tell)
+            if bad and not settings.skip_bad:
+                return bad
+            shard = _scan_own(file, name) if num_written else None
+            num_read = len(shard.keys) if shard else 0
+            if num_read != num_written:
+                raise TrainingFailed(
+                    f"cannot write {folder.place_of(name)}: {num_written} images went in, {num_read} are there"
+                )
+            index = {
+                "plan": settings.plan,
+                "shard": None if shard is None else shard_to_json(shard),
+                "skipped": [list(image) for image in bad],
+            }
+            storage.publish(storage.join(folder.url, index_name(job.number)), json.dumps(index).encode("ascii"))
+            if shard is None:
+                folder.remove([name])
+            else:
+                folder.take(file, name)
+        return ()
+    except OSError as error:
+        raise TrainingFailed(f"cannot write {folder.place_of(name)}: {storage.why(error)}") from error
+
+
+def finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterator[tuple[int, Finished]]:
+    """The shards of this plan that are whole, by their indexes and their sizes.
+
+    Raises:
+        UserError, TrainingFailed: the folder cannot be listed or read.
+    """
+    names = folder.names()
+    by_index = {index_name(number): number for number in numbers}
+    there = {name: size for name in by_index if (size := names.get(name)) is not None}
+    for name, data in folder.read_each(there):
+        number = by_index[name]
+        finished = None if data is None else _finished(data, number, names, plan=plan)
+        if finished is not None:
+            yield number, finished
+
+
+def _finished(index: bytes, number: int, names: Mapping[str, int | None], *, plan: str) -> Finished | None:
+    try:
+        content = parse_json(index)
+        if content["plan"] != plan:
+            return None
+        skipped = tuple(Bad(str(member), str(reason)) for member, reason in content["skipped"])
+        if content["shard"] is None:
+            return Finished(None, skipped)
+        shard = shard_from_json(content["shard"], place=index_name(number))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Finished(shard, skipped) if names.get(shard_name(number)) == shard.bytes else None
+
+
+def _write_tar(
+    settings: ShardSettings, reader: Reader, entries: tuple[Entry, ...], path: Path, tell: Tell
+) -> tuple[tuple[Bad, ...], int]:
+    """Bad images, and the number of those written."""
+    bad: list[Bad] = []
+    num_written = 0
+    fetched = ahead(partial(read_entry, reader), entries, size=size_of, at_once=at_once(reader))
+    with (
+        open(path, "wb") as file,
+        # Encoding off, since it would choose by extension; PAX only shows where a name is long or not ASCII.
+        TarWriter(file, encoder=False, mtime=0, user="dist_gan", group="dist_gan", format="PAX_FORMAT") as tar,
+        closing(fetched) as images,
+    ):
+        for position, (entry, get) in enumerate(images, start=1):
+            try:
+                data, extension = _prepared(settings, get(), entry)
+            except BadImage as error:
+                bad.append(Bad(error.name, error.reason))
+            else:
+                if not bad or settings.skip_bad:
+                    sample = {"__key__": entry.key, extension: data}
+                    if settings.labels and entry.label is not None:
+                        sample["cls"] = str(entry.label).encode("ascii")
+                    tar.write(sample)
+                    num_written += 1
+            if position % _TELL_EVERY == 0 or position == len(entries):
+                tell(position % _TELL_EVERY or _TELL_EVERY)
+    return tuple(bad), num_written
+
+
+def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) -> tuple[bytes, str]:
+    """Bytes and extension of an image file as it will lie in the tar."""
+    if isinstance(raw, bytes):
+        picture = examine(raw, name=entry.member)
+        if picture.extension and picture.pixels.shape == (settings.resolution, settings.resolution, settings.channels):
+            return raw, picture.extension
+        pixels = picture.pixels
+    else:
+        pixels = raw
+    fitted = fit(
+        pixels,
+        resolution=settings.resolution,
+        channels=settings.channels,
+        upscale=settings.upscale,
+        pad=settings.pad,
+        name=entry.member,
+    )
+    return encode_png(fitted), "png"
+
+
+def read_entry(reader: Reader, entry: Entry) -> bytes | np.ndarray:
+    """An image file's bytes, or pixels HWC.
+
+    Raises:
+        BadImage: the source does not give it.
+    """
+    if entry.size > MAX_FILE_BYTES:
+        raise BadImage(entry.member, f"{entry.size:,} bytes are more than a picture may have ({MAX_FILE_BYTES:,})")
+    try:
+        opened = reader.open(entry)
+        if isinstance(opened, np.ndarray):
+            return opened
+        with opened as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (UserError, TrainingFailed):
+        raise
+    except UNREADABLE as error:
+        raise BadImage(entry.member, f"cannot be read ({error})") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BadImage(entry.member, f"it has more than {MAX_FILE_BYTES:,} bytes")
+    return data
+
+
+def size_of(entry: Entry) -> int:
+    """Bytes of an image in its source."""
+    return entry.size
+
+
+def _scan_own(path: Path, name: str) -> Shard:
+    """The shard's index from what lies on the disk, not from what was meant to be written."""
+    keys, offsets, sizes, extensions, labels, sums = [], [], [], [], [], []
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        scan = TarScan(file, size=size, place=str(path))
+        for member in scan:
+            key, _, extension = member.name.rpartition(".")
+            if extension == "cls":
+                labels.append(int(member.data or b""))
+                continue
+            keys.append(key)
+            offsets.append(member.offset)
+            sizes.append(member.size)
+            extensions.append(extension)
+            sums.append(zlib.crc32(member.data or b""))
+    return Shard(
+        name=name,
+        bytes=size,
+        sha256=scan.sha256,
+        keys=tuple(keys),
+        offsets=tuple(offsets),
+        sizes=tuple(sizes),
+        extensions=tuple(extensions),
+        labels=tuple(labels) if labels else None,
+        crc32=tuple(sums),
+    )
+
+
+def raise_if_bad(bad: list[Bad], *, place: str, seen: int | None = None) -> None:
+    """Raises: UserError that lists the first bad images of a source.
+
+    Args:
+        bad: all bad images found.
+        place: name of the source.
+        seen: number of images examined so far; None if all were.
+    """
+    if not bad:
+        return
+    first = sorted(bad)[:MAX_SHOWN]
+    among = "" if seen is None else f" among the {seen:,} images that were looked at; there may be others behind them"
+    more = [f"and {len(bad) - MAX_SHOWN:,} more{among}"] if len(bad) > MAX_SHOWN else []
+    more += [f"({among[1:]})"] if among and not more else []
+    raise UserError(
+        f"{place}: images that cannot be packed:",
+        *(f"- {image.member}: {image.reason}" for image in first),
+        *more,
+        "Repair or remove them, or give --skip-bad to leave such images out.",
+    )
+
+
+def chunks(entries: tuple[Entry, ...], size: int) -> Iterator[tuple[Entry, ...]]:
+    """Runs of entries of a given length, the last one perhaps shorter."""
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]

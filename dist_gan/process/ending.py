@@ -1,0 +1,369 @@
+"""End of a run on one rank: verdict for the other ranks, `outcome.json`, one sentence, exit code; whatever has failed.
+
+The first rank that puts a verdict (`Word`) into the launch's store writes the outcome and prints the sentence; the
+other ranks exit silently once they read the verdict. `outcome.json` carries the number of its attempt, and only ranks
+of that attempt write it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from dist_gan import storage
+from dist_gan.process import terminal
+from dist_gan.process.last_words import DISK_TROUBLE, STEP_WITHIN_S, say_last, within, write_error_file
+from dist_gan.process.outcome import images_of, newest_commit, outcome_of, refuse, write_outcome
+from dist_gan.run_folder import RunFolder, is_attempt_of, note_end
+from dist_gan.runtime import (
+    Meeting,
+    Missing,
+    NotMet,
+    Process,
+    Runtime,
+    Stopped,
+    StopRequest,
+    Word,
+    end_the_silent,
+    find_launcher,
+)
+from dist_gan.state import Progress
+from dist_gan.types import TrainingFailed, UserError
+from dist_gan.wording import report, safe
+
+FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
+_RANK_ZERO_FIRST_S = 2.0
+"""Seconds for which other ranks let rank 0 report an error that all ranks meet; rank 0 may find it a moment later."""
+_OUTCOME_WITHIN_S = 8.0
+"""Seconds for which a cut-off rank waits for rank 0's outcome: rank 0 needs a few seconds to find the missing ranks."""
+_SAVED_WITHIN_S, _ASKED_BEFORE_S = 10.0, 30.0
+"""Seconds for a rank to save and stop after its launcher has ended: without, and with, an earlier stop request."""
+_LOOK_S = 1.0
+
+
+class Ending:
+    """Facts that a process needs in order to end, and the ways in which it ends.
+
+    Args:
+        run_dir: the run's folder; None where it is not known.
+    """
+
+    def __init__(self, run_dir: str | None) -> None:
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.folder: RunFolder | None = None
+        """The run's folder, on rank 0 once it owns it; None otherwise."""
+        self.attempt: int | None = None
+        self.meeting: Meeting | None = None
+        self.runtime: Runtime | None = None
+        self.progress: Progress | None = None
+        self.stop: StopRequest | None = None
+        self._launcher = find_launcher(os.environ)
+        self._done = threading.Event()
+        self._leaving = threading.Lock()
+        self._said: Word | None = None
+
+    # -- normal end -----------------------------------------------------------------------------------------------
+
+    def well(self, *, images: int, commit: str | None, stopped_by: str | None) -> int:
+        """Ends a run that finished or was asked to stop, on all ranks together; returns the exit code.
+
+        A launcher with `--max-restarts` would restart a stopped run at once; under such a launcher the code is 0.
+        """
+        code = FINISHED if stopped_by is None else PREEMPTED
+        shown = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
+        outcome = "finished" if stopped_by is None else "preempted"
+        reason = "" if stopped_by is None else f"asked to stop by {stopped_by}"
+        if self.folder is not None:
+            self.folder.write_outcome(outcome, code=code, images=images, reason=reason, commit=commit)
+            self._said = Word(self.rank, outcome, shown, reason, at_end=True)
+            if self.meeting is not None:
+                self.meeting.end(self._said)
+        if self.runtime is not None:
+            self.runtime.barrier()
+        if shown != FINISHED:
+            write_error_file(f"{reason}, and saved: start the same command again to go on", time.time())
+        self._done.set()
+        if self.runtime is not None:
+            self.runtime.close()
+        return shown
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def badly(self, error: BaseException) -> int:
+        """Ends the run because of an exception; returns the exit code."""
+        match error:
+            case Stopped():
+                return self._stopped(str(error))
+            case UserError():
+                return self.leave(
+                    "configuration_wrong", code=CONFIGURATION_WRONG, reason=str(error), rank_zero_first=True
+                )
+            case TrainingFailed():
+                return self.leave("failed", code=FAILED, reason=str(error), rank_zero_first=True)
+            case NotMet():
+                return self.leave("crashed", code=CRASHED, reason=str(error))
+            case OSError() if error.errno in DISK_TROUBLE:
+                reason = f"cannot write {error.filename or self.run_dir}: {storage.why(error)}"
+                return self.leave("failed", code=FAILED, reason=reason)
+            case RuntimeError() if self.runtime is not None and self.world_size > 1:
+                missing = self.runtime.lost()  # a failed collective is usually the consequence of a lost rank
+                if missing.reason is not None:
+                    return self.lost(missing)
+        reason = safe(" ".join(f"{type(error).__name__}: {error}".split()))
+        if self.world_size > 1:
+            place = f" in: {self.runtime.place}" if self.runtime is not None else " before training"
+            here = f"process {os.getpid()} on {os.uname().nodename}"
+            reason = f"rank {self.rank} failed{place} ({here}): {reason}"
+        return self.leave("crashed", code=CRASHED, reason=reason, error=error)
+
+    def refused_by(self, word: Word) -> int:
+        """Ends a start that a rank has refused; returns the exit code. Rank 0 reports it, since it owns the run's folder."""
+        if self.rank != 0:
+            self.heard(word)
+            return word.code
+        reason = word.reason if word.outcome == "crashed" or word.rank == 0 else f"rank {word.rank}: {word.reason}"
+        return self.leave(word.outcome, code=word.code, reason=reason)
+
+    def asked_twice(self, name: str) -> None:
+        """Ends the run because of a second stop signal, without saving."""
+        if not self._leaving.locked():
+            reason = (
+                f"asked to stop again ({name}): left at once, without saving; start the same command again to resume"
+            )
+            self.leave("crashed", code=CRASHED, reason=reason)
+
+    def lost(self, missing: Missing) -> int:
+        """Ends the run because other ranks are missing, or this rank is cut off from them; returns the exit code."""
+        reason = f"{missing.reason}; start the same command again to resume"
+        if missing.cut_off:
+            return self._cut_off(reason)
+        return self.leave("crashed", code=CRASHED, reason=reason, missing=missing)
+
+    def heard(self, word: Word) -> None:
+        """Ends this rank because another rank has declared the launch over."""
+        if self._leaving.acquire(blocking=False):
+            self._hear(word)
+        else:
+            time.sleep(4 * STEP_WITHIN_S)  # another thread is already ending the process
+
+    def leave(
+        self,
+        outcome: str,
+        *,
+        code: int,
+        reason: str,
+        missing: Missing | None = None,
+        rank_zero_first: bool = False,
+        error: BaseException | None = None,
+    ) -> int:
+        """Ends the run and reports the reason, unless another rank has reported one; returns the exit code.
+
+        Args:
+            outcome: value of `outcome` in `outcome.json`.
+            code: exit code.
+            reason: one sentence.
+            missing: ranks that cannot receive the verdict.
+            rank_zero_first: True if rank 0 may be about to report the same.
+            error: exception whose traceback is printed before the sentence.
+        """
+        if not self._leaving.acquire(blocking=False):
+            time.sleep(4 * STEP_WITHIN_S)
+            return code
+        word = Word(self.rank, outcome, code, reason)
+        if missing is not None:
+            word = word._replace(missing=missing.missing, hanging=missing.hanging)
+        held = self._said or self._claim(word, rank_zero_first=rank_zero_first and self.rank != 0)
+        if held.at_end or held.rank != self.rank:
+            self._hear(held)
+            return held.code
+        self._speak(held, error)
+        return code
+
+    def _claim(self, word: Word, *, rank_zero_first: bool) -> Word:
+        """Publishes a verdict; returns the one in force, which is this rank's own if the store cannot be asked."""
+        meeting = self.meeting
+        if meeting is None:
+            return word
+        began = self.attempt is not None
+        found: list[Word] = []
+
+        def ask() -> None:
+            if not began and self.rank != 0:
+                found.append(meeting.object(word, patience_s=4 * STEP_WITHIN_S))
+                return
+            deadline = time.monotonic() + _RANK_ZERO_FIRST_S
+            while rank_zero_first and time.monotonic() < deadline:
+                if (held := meeting.over()) is not None:
+                    found.append(held)
+                    return
+                time.sleep(0.1)
+            found.append(meeting.end(word))
+
+        within(ask, seconds=STEP_WITHIN_S if began or self.rank == 0 else 5 * STEP_WITHIN_S)
+        return found[0] if found else word
+
+    def _speak(self, word: Word, error: BaseException | None) -> None:
+        within(lambda: self._write(word))
+        if error is not None:
+            within(lambda: print(report("".join(traceback.format_exception(error))), file=sys.stderr, flush=True))
+        within(lambda: say_last(word.reason, launcher_waits=self._launcher_waits()))
+        end_the_silent(word)
+        self._wait_for_the_others(word)
+
+    def _hear(self, word: Word) -> None:
+        """Ends a rank that did not issue the verdict; the owner of the run's folder writes the outcome if it is missing."""
+        if self.folder is not None and not word.at_end:
+            within(lambda: self._write(word))
+        if not word.at_end:
+            write_error_file(f"left with rank {word.rank}, which has ended the run", time.time())
+        end_the_silent(word)
+        meeting = self.meeting
+        if meeting is not None and self._said is None:
+            within(meeting.has_heard)
+        self._wait_for_the_others(word)
+
+    def _wait_for_the_others(self, word: Word) -> None:
+        """Keeps rank 0 until all reachable ranks have read the verdict: the store may end with it or its launcher."""
+        meeting = self.meeting
+        if meeting is not None and self.rank == 0 and not word.at_end:
+            within(lambda: meeting.wait_until_heard(word), seconds=2 * STEP_WITHIN_S)
+
+    def _cut_off(self, reason: str) -> int:
+        """Ends a rank that cannot reach the store; on each machine only the process of local rank 0 reports it."""
+        if not self._leaving.acquire(blocking=False):
+            time.sleep(4 * STEP_WITHIN_S)
+            return CRASHED
+        word = Word(self.rank, "crashed", CRASHED, reason)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            deadline = time.monotonic() + (_OUTCOME_WITHIN_S if self.folder is None else 0.0)
+            while not self._has_outcome() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if not self._has_outcome():
+                within(lambda: self._write(word))
+            within(lambda: say_last(reason, launcher_waits=self._launcher_waits()))
+        return CRASHED
+
+    def _stopped(self, name: str) -> int:
+        """Ends the run because of a stop signal before training began; returns the exit code."""
+        word = self._word_so_far()
+        if word is not None:
+            return self.leave(word.outcome, code=word.code, reason=word.reason)
+        code = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else PREEMPTED
+        died: list[str | None] = []
+        meeting = self.meeting
+        if meeting is not None and name == "SIGTERM":
+            within(lambda: died.append(meeting.some_have_died_here(os.environ)))
+        if died and died[0] is not None:
+            reason = f"rank {died[0]} ended before it joined the others, and the launcher has ended this start ({name})"
+            return self.leave("crashed", code=CRASHED, reason=reason)
+        reason = f"asked to stop by {name} before training began; start the same command again to go on"
+        return self.leave("preempted", code=code, reason=reason, rank_zero_first=True)
+
+    def _word_so_far(self) -> Word | None:
+        found: list[Word | None] = []
+        meeting = self.meeting
+        if meeting is not None:
+            within(lambda: found.append(meeting.objection()))
+        return found[0] if found else None
+
+    # -- what is left behind --------------------------------------------------------------------------------------
+
+    def _has_outcome(self) -> bool:
+        if self.run_dir is None or self.attempt is None:
+            return False
+        return outcome_of(self.run_dir, self.attempt) is not None
+
+    def _write(self, word: Word) -> None:
+        """Writes the outcome of this attempt, unless the rank that issued the verdict has written it."""
+        folder, attempt = self.run_dir, self.attempt
+        if folder is None or attempt is None or not (self.folder or is_attempt_of(folder, attempt)):
+            if self.rank == 0 and attempt is None and word.outcome == "configuration_wrong":
+                refuse(folder, reason=word.reason)
+            return
+        if word.rank != self.rank:
+            deadline = time.monotonic() + _LOOK_S
+            while not self._has_outcome() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if self._has_outcome():
+                return
+        commit = newest_commit(folder)
+        images = max(images_of(commit), self.progress.images if self.progress is not None else 0)
+        try:
+            write_outcome(
+                folder,
+                word.outcome,
+                code=_own_code(word),
+                images=images,
+                reason=word.reason,
+                attempt=attempt,
+                commit=commit,
+            )
+        except TrainingFailed as error:
+            terminal.say(f"outcome.json could not be written: {error}")
+        if word.outcome == "preempted":
+            note_end(folder, attempt=attempt, outcome="preempted")
+
+    def _launcher_waits(self) -> bool:
+        return self._launcher is not None and self._launcher.state() != "X"
+
+    # -- the launcher ---------------------------------------------------------------------------------------------
+
+    def watch_launcher(self) -> None:
+        """Starts a thread that ends this process when its launcher has ended."""
+        launcher = self._launcher
+        if launcher is not None:
+            threading.Thread(target=self._watch, args=(launcher,), name="launcher", daemon=True).start()
+
+    def _watch(self, launcher: Process) -> None:
+        while launcher.state() != "X":
+            if self._done.wait(_LOOK_S):
+                return
+        if self._done.is_set():
+            return
+        # A lone process can save by itself. Several ranks would have to agree, and their store may be gone.
+        if self.stop is not None and (self.world_size == 1 or self.stop.requested):
+            seconds = _ASKED_BEFORE_S if self.stop.requested else _SAVED_WITHIN_S
+            self.stop.ask("the end of its launcher")
+            self._done.wait(seconds)
+        if self._done.is_set():
+            return
+        if os.environ.get("GROUP_RANK", "0") == "0":
+            self.meeting = None  # the first machine's launcher held the store
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            reason = (
+                f"the launcher of {os.uname().nodename} (process {launcher.pid}) has ended without its ranks; start the same "
+                f"command again to resume"
+            )
+            self.leave("crashed", code=CRASHED, reason=reason)
+        self.exit(CRASHED)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def close(self, code: int) -> None:
+        """Releases the run's folder and the signals; exits at once if waiting for other ranks could block."""
+        self._done.set()
+        if self.attempt is not None and self.world_size > 1 and self._leaving.locked():
+            self.exit(code)
+        if self.folder is not None:
+            self.folder.close()
+        if self.stop is not None:
+            self.stop.close()
+
+    def exit(self, code: int) -> NoReturn:
+        """Ends the process at once, without waiting for threads, process groups or open files."""
+        if self.folder is not None:
+            within(self.folder.close)
+        for stream in (sys.stdout, sys.stderr):
+            within(stream.flush)
+        os._exit(code)
+
+
+def _own_code(word: Word) -> int:
+    """Exit code recorded in `outcome.json`; a restarting launcher may be given another."""
+    return PREEMPTED if word.outcome == "preempted" else word.code

@@ -1,0 +1,149 @@
+"""One process of a run from its first check to its exit code and `outcome.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from dist_gan.config import RunConfig
+from dist_gan.config.reader import to_yaml
+from dist_gan.data import Stage
+from dist_gan.embedded.writer import prepare_data
+from dist_gan.process import terminal
+from dist_gan.process.ending import Ending
+from dist_gan.process.last_words import silent_about_full_disks, within
+from dist_gan.run_folder import RunFolder, sees_attempt
+from dist_gan.runtime import NotMet, Runtime, StopRequest, Word, open_meeting, read_launch
+from dist_gan.trainer import Run, build, fit
+from dist_gan.types import UserError
+
+_REFUSAL_WITHIN_S = 20.0
+"""Time limit, in seconds, of waiting for the other ranks when a start is refused before its settings are known."""
+
+
+def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
+    """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
+
+    Exit code 75 means that the run was asked to stop, has saved a checkpoint, and should be started again. A launcher
+    with `--max-restarts` would restart it at once, so under such a launcher a stopped run exits with 0.
+
+    Rank 0 makes every check that needs no other rank before process groups exist; the other ranks wait for its verdict
+    in the launch's store, and exit with the same code if it refuses. In a launch of several ranks, a rank that fails
+    does not return: it writes its outcome, publishes its verdict, prints its sentence, and ends the process.
+
+    Args:
+        config: every setting.
+        stages: user-defined steps between decoding and batching; docs/data.md has an example.
+    """
+    with terminal.unbreakable(), silent_about_full_disks():
+        ending = Ending(config.run.dir)
+        ending.watch_launcher()
+        parts: list[Run] = []
+        try:
+            code = _run(config, ending, stages, parts)
+        except BaseException as error:  # a stage may raise any exception, and the other ranks wait
+            code = ending.badly(error)
+        for part in parts:  # cleans up after a failed run
+            within(part.tracker.close)
+            within(part.state.stream.close)
+        ending.close(code)
+        return code
+
+
+def refuse_start(mistake: UserError, run_dir: str | None) -> int:
+    """Refuses a start with unusable settings, on all ranks of the launch; returns the exit code.
+
+    Args:
+        mistake: error with the report of all mistakes.
+        run_dir: the run's folder; None if the user named none, or if this is a rehearsal.
+    """
+    with terminal.unbreakable():
+        ending = Ending(run_dir)
+        with suppress(NotMet):  # without a store, each rank reports the mistake itself
+            ending.meeting = open_meeting(os.environ, patience_s=_REFUSAL_WITHIN_S)
+        code = ending.badly(mistake)
+        ending.close(code)
+        return code
+
+
+def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list[Run]) -> int:
+    ending.stop = stop = StopRequest(on_second=ending.asked_twice)
+    patience_s = config.runtime.start_timeout_s
+    ending.meeting = meeting = open_meeting(os.environ, patience_s=patience_s)
+    launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
+    if ending.rank == 0:
+        with stop.put_off():
+            ending.folder = RunFolder(config)
+            ending.attempt = ending.folder.attempt
+        for note in (*ending.folder.notes, *prepare_data(config)):
+            terminal.say(note)
+        if meeting is not None and (word := meeting.open_for(ending.attempt, patience_s=patience_s)) is not None:
+            return ending.refused_by(word)
+    elif meeting is not None:
+        answer = meeting.join(patience_s=patience_s)
+        if isinstance(answer, Word):
+            return ending.refused_by(answer)
+        ending.attempt = answer
+    ending.runtime = runtime = Runtime(
+        config.runtime, launched, meeting=meeting, on_lost=ending.lost, on_over=ending.heard
+    )
+    ending.meeting = runtime.meeting  # the process groups own the first connection from here on
+    _refuse_strangers(config, runtime)
+    attempt = runtime.share_json(ending.attempt)
+    _refuse_a_private_folder(config, runtime, attempt=attempt)
+    run = build(config, runtime, stop, attempt=attempt, stages=stages)
+    parts.append(run)
+    ending.progress = run.state.progress
+    stop.training_begins()
+    end = fit(run)
+    run.tracker.close()
+    run.state.stream.close()
+    parts.clear()
+    return ending.well(images=end.images, commit=end.commit, stopped_by=end.stopped_by)
+
+
+def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
+    """Raises unless all ranks run the same settings with the same code and packages."""
+    mine = {
+        "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
+        "the code of dist_gan": code_hash(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        **runtime.packages(),
+    }
+    everywhere = runtime.gather_json(mine)
+    for name, value in everywhere[0].items():
+        strangers = [rank for rank, facts in enumerate(everywhere) if facts.get(name) != value]
+        if strangers:
+            other = everywhere[strangers[0]].get(name)
+            raise UserError(
+                f"{name} of rank {', '.join(map(str, strangers))} differ from rank 0's ({other} and {value}); start the same "
+                f"command, from the same checkout and environment, on every machine"
+            )
+
+
+def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: int) -> None:
+    """Raises unless all ranks see the run folder of rank 0."""
+    blind = None if sees_attempt(Path(config.run.dir), attempt) else f"rank {runtime.rank} on {platform.node()}"
+    names = [name for name in runtime.gather_json(blind) if name is not None]
+    if not names:
+        return
+    raise UserError(
+        f"run.dir: {', '.join(names)} does not see {config.run.dir} as rank 0 does; choose a run.dir on a disk that all "
+        f"machines share"
+    )
+
+
+def code_hash() -> str:
+    """A short hash of the package's own files."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

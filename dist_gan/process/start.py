@@ -1,0 +1,124 @@
+"""Checks of a start in one report: rank and number of processes, settings, networks and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_gan import urls
+from dist_gan.config import MLPNetworks, RunConfig, ShardsData
+from dist_gan.config.reader import Reading, read_settings, to_yaml
+from dist_gan.mistakes import TrainingFailed, UserError
+from dist_gan.wording import shown
+
+MAX_PROCESSES = 2**20
+MAX_PARAMETERS = 10**10
+"""Largest number of parameters of both networks together: 200 GB in fp32 with gradients, Adam's moments and average."""
+
+
+class LaunchPlace(NamedTuple):
+    """Rank of this process, and number of processes of its launch."""
+
+    rank: int
+    world_size: int
+
+
+def place_in_launch(environment: Mapping[str, str]) -> LaunchPlace:
+    """Rank and number of processes from the launcher's environment variables; rank 0 of 1 without a launcher.
+
+    Raises:
+        UserError: a variable is not a number, or contradicts another one.
+    """
+    world_size = _number(environment, "WORLD_SIZE", 1, low=1, below=MAX_PROCESSES + 1)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", world_size, low=1, below=world_size + 1)
+    _number(environment, "LOCAL_RANK", 0, low=0, below=local_size)
+    return LaunchPlace(_number(environment, "RANK", 0, low=0, below=world_size), world_size)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, *, low: int, below: int) -> int:
+    text = environment.get(name, str(default))
+    if text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) < below:
+        return int(text)
+    raise UserError(
+        f"{name}: {shown(text)} in the environment is no whole number from {low} to {below - 1}; start with `accelerate "
+        f"launch`, which sets it, or unset WORLD_SIZE, LOCAL_WORLD_SIZE, RANK and LOCAL_RANK"
+    )
+
+
+def settings(
+    path: str | Path | None, overrides: Sequence[str], *, place: LaunchPlace, is_rehearsal: bool = False
+) -> RunConfig:
+    """The settings of a run, after all checks that are possible before the run begins.
+
+    Args:
+        path: YAML file, or None for the defaults.
+        overrides: dotted assignments.
+        place: rank of this process and number of processes.
+        is_rehearsal: check the data in any case. A real start checks the data once it owns the run's folder; if the
+            settings are wrong, the data are checked here, so that all mistakes are reported together.
+
+    Raises:
+        UserError: one report of all mistakes.
+    """
+    reading = read_settings(path, overrides, world_size=place.world_size)
+    more = [] if reading.is_wrong("networks") else _size_mistakes(reading.config)
+    if is_rehearsal or (reading.mistakes and place.rank == 0 and _is_near(reading.config, place)):
+        more += _data_mistakes(reading)
+    mistakes = reading.report(more)
+    if mistakes is not None:
+        raise mistakes
+    return reading.config
+
+
+def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
+    """True if checking the data makes no other rank wait for a store: a lone process, local shards, or no shards."""
+    if place.world_size == 1 or not isinstance(config.data, ShardsData):
+        return True
+    return all(urls.local_path(url) is not None for url in config.data.sources)
+
+
+def _data_mistakes(reading: Reading) -> list[str]:
+    from dist_gan.data.checks import check_data
+
+    if isinstance(reading.config.networks, MLPNetworks):
+        return []  # already reported by a rule
+    try:
+        mistakes, _ = check_data(reading.config)
+    except TrainingFailed as error:
+        mistakes = [f"data: {error}"]
+    # A default in place of an invalid setting was not written by the user; a rule has spoken of a refused URL.
+    told = {text.partition(":")[0] for text in reading.mistakes}
+    placed = [(text.partition(":")[0], text) for text in mistakes]
+    return [text for place, text in placed if place not in told and not reading.is_wrong(place)]
+
+
+def _size_mistakes(config: RunConfig) -> list[str]:
+    from dist_gan.models import sizes
+
+    total = sum(sizes(config.networks))
+    if total <= MAX_PARAMETERS:
+        return []
+    return [
+        f"networks: {total:,} parameters, {total * 20 / 2**30:,.0f} GiB in fp32 with gradients, Adam's moments and the "
+        f"average, are more than the {MAX_PARAMETERS:,} that are possible; choose smaller widths, depths or latents"
+    ]
+
+
+def describe(config: RunConfig, *, world_size: int) -> str:
+    """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
+    from dist_gan.models import sizes
+
+    generator, discriminator = sizes(config.networks)
+    share = config.run.batch // world_size
+    micro = config.runtime.micro_batch or share
+    steps = -(-config.run.images // (config.run.batch * config.run.d_updates))
+    return "\n".join(
+        [
+            to_yaml(config),
+            f"# generator      {generator:,} parameters",
+            f"# discriminator  {discriminator:,} parameters",
+            f"# batch          {config.run.batch} images = {world_size} processes x {share // micro} micro-batches x {micro}",
+            f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
+        ]
+    )

@@ -1182,7 +1182,7 @@ FAULTS = [
     (
         "a generator is exported that was never averaged",
         "dist_gan/export.py",
-        '    _, tensors = checkpoint_format.read(place, prefix="ema/")\n',
+        '    _, tensors = reader.read(place, prefix="ema/")\n',
         "    _, tensors = checkpoint_format.read(place)\n"
         '    tensors = {n.replace("generator/weights/", "ema/"): t for n, t in tensors.items() if "/weights/" in n}\n'
         '    tensors = {n: t for n, t in tensors.items() if n.startswith("ema/")}\n',

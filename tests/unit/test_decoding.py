@@ -209,10 +209,10 @@ def test_a_padded_picture_lies_in_the_middle_of_black(height: int, width: int) -
 
 
 def test_pictures_in_a_grid_stand_where_row_and_column_say() -> None:
-    pictures = noise(5, 3, 4, 3) | 1
-    sheet = pictures.grid(pictures, columns=3, border=2)
+    images = noise(5, 3, 4, 3) | 1
+    sheet = pictures.grid(images, columns=3, border=2)
     assert sheet.shape == (2 * 5 + 2, 3 * 6 + 2, 3)
-    for place, picture in enumerate(pictures):
+    for place, picture in enumerate(images):
         top, left = 2 + place // 3 * 5, 2 + place % 3 * 6
         assert np.array_equal(sheet[top : top + 3, left : left + 4], picture)
-    assert int(sheet.sum()) == int(pictures.sum()), "everything else is black"
+    assert int(sheet.sum()) == int(images.sum()), "everything else is black"

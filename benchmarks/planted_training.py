@@ -1183,7 +1183,7 @@ FAULTS = [
         "a generator is exported that was never averaged",
         "dist_gan/export.py",
         '    _, tensors = reader.read(place, prefix="ema/")\n',
-        "    _, tensors = checkpoint_format.read(place)\n"
+        "    _, tensors = reader.read(place)\n"
         '    tensors = {n.replace("generator/weights/", "ema/"): t for n, t in tensors.items() if "/weights/" in n}\n'
         '    tensors = {n: t for n, t in tensors.items() if n.startswith("ema/")}\n',
         (SHOWN + "what_is_exported_is_the_average_of_the_newest_checkpoint",),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_gan import pictures
 from dist_gan.pictures import BadImage, decode, examine, fit, header
 
 Pixels = np.ndarray

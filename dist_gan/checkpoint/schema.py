@@ -11,7 +11,7 @@ import re
 from dist_gan.checkpoint import tensorfile
 from dist_gan.records import Damaged, Record
 
-FORMAT = "dist_gan.checkpoint.writer"
+FORMAT = "dist_gan.checkpoint"
 VERSION = 1
 PLAYERS = ("discriminator", "generator")
 LONGEST_CONFIG = 2**20

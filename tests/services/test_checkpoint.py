@@ -84,7 +84,7 @@ def test_a_checkpoint_can_be_read_with_nothing_but_safetensors_and_json(tmp_path
     assert (folder / "COMMIT").read_text() == hashlib.sha256(raw).hexdigest()
     manifest = json.loads(raw)
     assert (manifest["format"], manifest["version"], manifest["serial"], manifest["images"]) == (
-        "dist_gan.checkpoint.writer", 1, 1, 64,
+        "dist_gan.checkpoint", 1, 1, 64,
     )  # fmt: skip
     assert manifest["values"] == {"part": {"counter": 64}}
     expected = {f"part/{name}": tensor for name, tensor in Part(64).held.items()}

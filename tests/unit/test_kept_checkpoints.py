@@ -107,7 +107,7 @@ def by_hand(folder: Path) -> dict[str, torch.Tensor]:
             offsets = [8 + head_bytes + offset for offset in facts["data_offsets"]]
             tensors[tensor] = {"file": name, "shape": facts["shape"], "dtype": facts["dtype"], "offsets": offsets}
     manifest = {
-        "format": "dist_gan.checkpoint.writer",
+        "format": "dist_gan.checkpoint",
         "version": 1,
         "serial": int(folder.name.split("-")[1]),
         "images": int(folder.name.split("-")[2]),

@@ -44,8 +44,8 @@ from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RuntimeSection
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import Order
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from dist_gan.runtime import Launch, Missing, Runtime
 from dist_gan.types import TensorFacts
 

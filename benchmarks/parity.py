@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parity_worker import slug
 from dist_gan.checkpoint import tensorfile
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")

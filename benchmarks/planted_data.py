@@ -454,7 +454,7 @@ FAULTS = [
     ),
     (
         "labels of a foreign tar's json come from another key",
-        "dist_gan/data/labels.py",
+        "dist_gan/packing/labels.py",
         "value = content.get(key)",
         'value = content.get("id", 0)',
         (f"{STREAM}::test_a_label_goes_with_its_key_whatever_the_order_of_a_tars_members",),
@@ -1180,14 +1180,14 @@ FAULTS = [
     # -- manifests, tars, surveys, fetching
     (
         "labels are no part of a manifest's fingerprint",
-        "dist_gan/data/dataset.py",
+        "dist_gan/data/manifest_types.py",
         'if key not in ("origin", "class_counts")}',
         'if key not in ("origin", "class_counts", "classes")}',
         (f"{SHARDS}::test_everything_about_the_samples_is_part_of_a_manifests_fingerprint",),
     ),
     (
         "extensions that differ are written as the first one",
-        "dist_gan/data/dataset.py",
+        "dist_gan/data/manifest_types.py",
         "same = len(set(shard.extensions)) == 1",
         "same = True",
         (f"{SHARDS}::test_everything_about_the_samples_is_part_of_a_manifests_fingerprint",),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dist_gan import storage
+from dist_gan.json_text import parse_json
 from dist_gan.storage import errors
 from dist_gan.types import TrainingFailed, UserError
 
@@ -202,10 +203,8 @@ def parse(data: bytes, *, place: str) -> Any:
         Damaged: the text is not JSON; `place` names the file.
     """
     try:
-        return json.loads(data, object_pairs_hook=_without_doubles)
-    except RecursionError as error:
-        raise Damaged(f"{place} is damaged: it is nested too deeply") from error
-    except ValueError as error:  # includes invalid UTF-8, and numbers of thousands of digits
+        return parse_json(data, unique_names=True)
+    except ValueError as error:  # includes invalid UTF-8
         raise Damaged(f"{place} is damaged: it is no JSON ({error})") from error
 
 
@@ -217,15 +216,6 @@ def load(url: str, *, remedy: str = "", limit: int = LIMIT) -> Record:
     """
     place = storage.redact(url)
     return Record(parse(read(url, limit=limit), place=place), place=place, remedy=remedy)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {_shown(twice)} is there twice")
-    return found
 
 
 # -- logs ---------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from dist_gan.data import Damage, ImageStream, PointStream, Source, Stage, Strea
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
-from dist_gan.embedded.writer import data_sources
 from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
 from dist_gan.health.recovery import PLAYERS, Recovery, actions
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
 from dist_gan.resume import resume, roll_back
+from dist_gan.run_data import data_sources
 from dist_gan.run_folder import LOGS, note_start
 from dist_gan.runtime import Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans

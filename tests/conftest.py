@@ -94,8 +94,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """700 labelled images of 16x16 in seven shards."""
+    from dist_gan.packing.array_sources import ArraySource
     from dist_gan.packing.pack import pack
-    from dist_gan.packing.sources import ArraySource
 
     folder = tmp_path_factory.mktemp("shards")
     labels = np.arange(700) % 5

@@ -1,7 +1,7 @@
 """The house stands on its floors: who may import whom, which outside library has which owner, and what is banned.
 
-Everything is read from the syntax trees, so that an import inside a function counts as much as one at the top. What
-stands under `if TYPE_CHECKING:` does not run and does not count.
+Everything is read from the syntax trees, so that an import inside a function, or under `if TYPE_CHECKING:`, counts as
+much as one at the top of a module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "mistakes", "types", "urls", "config", "config.*", "storage", "storage.*", "pictures", "records",
+        "wording", "mistakes", "types", "urls", "json_text", "config", "config.*", "storage", "storage.*", "pictures", "records",
         "checkpoint", "checkpoint.tensorfile", "process", "process.terminal", "process.last_words",
     ),
     ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "health.monitor",
     ),
     (
-        "health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "process.ending",
+        "run_data", "health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "process.ending",
         "process.life", "process.start",
     ),
     ("cli", "train"),
@@ -40,6 +40,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 
 LADDER = 3
 """The floor whose rooms stand on one another."""
+
+MANIFEST = ("data.manifest", "data.manifest_types", "data.manifest_reader")
+
+DOORS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("packing.*", "data.*", MANIFEST),
+    ("data.*", "packing.*", ()),
+    ("data.*", "embedded.*", ()),
+    ("embedded.*", "data.*", ()),
+    *((name, "data.*", MANIFEST) for name in MANIFEST),
+)
+"""Inside a floor: which modules see of which others only the named ones. Reading and packing share the manifest alone."""
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "accelerate": ("runtime.*",),
@@ -103,25 +114,13 @@ def floor_of(name: str) -> tuple[int, int] | None:
     return None
 
 
-def running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING:`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for other in node.orelse:
-                yield other
-                yield from running_nodes(other)
-            continue
-        yield node
-        yield from running_nodes(node)
-
-
 @lru_cache(maxsize=256)
 def names_used(tree: ast.Module, *, module: str, is_package: bool = False) -> frozenset[str]:
     """Every dotted name that the module imports, or reaches through an import: `import torch; torch.load` too."""
     full = "dist_gan" + (f".{module}" if module else "")
     aliases: dict[str, str] = {}
     used: set[str] = set()
-    for node in running_nodes(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
                 used.add(name.name)
@@ -135,7 +134,7 @@ def names_used(tree: ast.Module, *, module: str, is_package: bool = False) -> fr
             for name in node.names:
                 used.add(f"{base}.{name.name}")
                 aliases[name.asname or name.name] = f"{base}.{name.name}"
-    for node in running_nodes(tree):
+    for node in ast.walk(tree):
         chain: list[str] = []
         while isinstance(node, ast.Attribute):
             chain.append(node.attr)
@@ -190,6 +189,17 @@ def layering_mistakes(graph: dict[str, set[str]]) -> list[str]:
     return mistakes
 
 
+def door_mistakes(graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} imports {other}; of {others} it may see {', '.join(allowed) or 'nothing'}"
+        for who, others, allowed in DOORS
+        for name, seen in sorted(graph.items())
+        if matches(name, who)
+        for other in sorted(seen)
+        if matches(other, others) and other not in allowed
+    ]
+
+
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
     """Some cycle of imports, if there is one."""
     state: dict[str, int] = {}
@@ -217,10 +227,10 @@ def banned_in(tree: ast.Module, *, module: str) -> list[str]:
     found = [f"{module} uses {name}" for name in sorted(names_used(tree, module=module))
              if any(uses(name, banned) for banned in BANNED)]  # fmt: skip
     safe = {"yaml.SafeLoader"} | {
-        node.name for node in running_nodes(tree)
+        node.name for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
     }  # fmt: skip
-    for node in running_nodes(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
             loaders = [*node.args[1:], *(k.value for k in node.keywords if k.arg == "Loader")]
             if not loaders or not all(ast.unparse(loader) in safe for loader in loaders):
@@ -253,6 +263,18 @@ def test_every_room_named_alone_exists_or_is_announced_by_the_design() -> None:
 def test_nobody_imports_from_above() -> None:
     mistakes = layering_mistakes(imports())
     assert not mistakes, "\n".join(mistakes)
+
+
+def test_reading_and_packing_share_the_manifest_alone() -> None:
+    mistakes = door_mistakes(imports())
+    assert not mistakes, "\n".join(mistakes)
+
+
+def test_every_door_leads_to_a_module_that_exists_and_somebody_goes_through_it() -> None:
+    graph = imports()
+    used = {other for name, seen in graph.items() if matches(name, "packing.*") for other in seen}
+    assert used & set(MANIFEST), "packing writes no manifest"
+    assert set(MANIFEST) <= set(graph)
 
 
 def test_no_imports_run_in_a_circle() -> None:
@@ -315,7 +337,7 @@ OUTLETS = ("safe", "report", "lines", "help_text")
 def unsafe_prints(tree: ast.Module) -> list[int]:
     """Lines that print, or write with tqdm, anything that has not been made safe in the same call."""
     found = []
-    for node in running_nodes(tree):
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("print", "tqdm.write"):
             continue
         made = [arg.func for arg in node.args if isinstance(arg, ast.Call)]
@@ -347,7 +369,7 @@ def test_layer_0_and_1_know_no_rank_and_no_process() -> None:
         f"{name}, line {node.lineno}"
         for name, tree in trees().items()
         if name and (floor_of(name) or (9, 0))[0] <= 1
-        for node in running_nodes(tree)
+        for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in names
     ]
     assert not found, f"read by a room of the lowest floors: {found}"
@@ -376,6 +398,7 @@ def test_importing_the_package_or_the_settings_loads_neither_torch_nor_what_only
         "from . import trainer",
         "from .trainer import fit",
         "try:\n    import dist_gan.trainer as t\nexcept ImportError:\n    t = None",
+        "if TYPE_CHECKING:\n    import dist_gan.trainer",
         "if TYPE_CHECKING:\n    pass\nelse:\n    import dist_gan.trainer",
         "class A:\n    import dist_gan.trainer",
         "import dist_gan\ndist_gan.trainer.fit",
@@ -386,9 +409,15 @@ def test_the_checker_sees_an_import_from_above_however_it_is_written(source: str
     assert layering_mistakes({"draws": seen}) == ["draws (L1) imports trainer (L3), which is above it"]
 
 
-def test_the_checker_lets_types_alone_pass() -> None:
+def test_the_checker_counts_imports_for_types_alone() -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dist_gan.trainer import fit"
-    assert ours(names_used(ast.parse(source), module="draws"), known=set(modules())) == set()
+    assert ours(names_used(ast.parse(source), module="draws"), known=set(modules())) == {"trainer"}
+
+
+def test_the_checker_sees_a_wall_walked_through() -> None:
+    assert door_mistakes({"packing.pack": {"data.manifest", "data.manifest_types", "storage"}}) == []
+    assert len(door_mistakes({"packing.pack": {"data.pieces"}, "data.plan": {"packing.pack"}})) == 2
+    assert len(door_mistakes({"data.manifest": {"data.plan"}})) == 1
 
 
 def test_the_checker_holds_the_ladder_of_l3_and_finds_circles() -> None:

@@ -8,12 +8,12 @@ import stat
 from typing import Any
 
 from dist_gan import storage
-from dist_gan.data.dataset import Manifest as Manifest
-from dist_gan.data.dataset import Shard as Shard
-from dist_gan.data.dataset import canonical, to_json
-from dist_gan.data.dataset import shard_to_json as shard_to_json
-from dist_gan.data.labels import parse_json
 from dist_gan.data.manifest_reader import MAKE_AGAIN, MAKE_ONE, ManifestReader
+from dist_gan.data.manifest_types import Manifest as Manifest
+from dist_gan.data.manifest_types import Shard as Shard
+from dist_gan.data.manifest_types import canonical, to_json
+from dist_gan.data.manifest_types import shard_to_json as shard_to_json
+from dist_gan.json_text import parse_json
 from dist_gan.types import UserError
 
 NAME = "manifest.json"

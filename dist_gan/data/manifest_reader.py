@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_gan.data.dataset import FORMAT, VERSION, Manifest, Shard
+from dist_gan.data.manifest_types import FORMAT, VERSION, Manifest, Shard
 from dist_gan.types import UserError
 
 _LARGEST = 2**62

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dist_gan import storage
 from dist_gan.packing import fetching
-from dist_gan.packing.sources import Source
+from dist_gan.packing.image_source import ImageSource
 from dist_gan.storage.folder import StoreFolder, is_inside
 from dist_gan.types import TrainingFailed, UserError
 
@@ -65,7 +65,7 @@ class Destination(Protocol):
         ...
 
 
-def open_destination(dest: str, source: Source) -> Destination:
+def open_destination(dest: str, source: ImageSource) -> Destination:
     """The destination at a path or URL; nothing is made or asked yet.
 
     Raises:

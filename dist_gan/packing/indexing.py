@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
-from dist_gan.data.labels import BadLabel, Label, classes_of, from_json
 from dist_gan.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from dist_gan.packing.labels import BadLabel, Label, classes_of, from_json
 from dist_gan.packing.listing import MAX_SHOWN
 from dist_gan.packing.pack import progress_bar, say_on_stderr
 from dist_gan.packing.pack_folder import PLAN

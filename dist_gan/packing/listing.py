@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from dist_gan.data.labels import numbered_classes, parse_label_file
+from dist_gan.packing.labels import numbered_classes, parse_label_file
 from dist_gan.pictures import EXTENSIONS
 from dist_gan.types import UserError
 

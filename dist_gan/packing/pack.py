@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dist_gan import storage
 from dist_gan.data.manifest import Manifest, write_manifest
 from dist_gan.packing.destinations import open_destination
+from dist_gan.packing.image_source import ImageReader, ImageSource
 from dist_gan.packing.listing import Entry
 from dist_gan.packing.pack_folder import (
     SKIPPED,
@@ -47,7 +48,6 @@ from dist_gan.packing.shard_writer import (
     shard_name,
     write_shard,
 )
-from dist_gan.packing.sources import Reader, Source
 from dist_gan.packing.survey import MAX_RESOLUTION, MIN_RESOLUTION, is_resolution, settle
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import safe
@@ -69,7 +69,7 @@ def progress_bar(what: str, progress: bool | None, *, total: int | None) -> tqdm
 
 
 def pack(
-    source: Source,
+    source: ImageSource,
     dest: str,
     *,
     resolution: int | None = None,
@@ -175,7 +175,7 @@ def _check_options(
 
 
 def _plan_of(
-    source: Source,
+    source: ImageSource,
     resolution: int | None,
     channels: int | None,
     samples_per_shard: int,
@@ -191,11 +191,11 @@ def _plan_of(
     return digest.hexdigest()
 
 
-def _origin(source: Source, plan: str) -> str:
+def _origin(source: ImageSource, plan: str) -> str:
     return f"dist-gan pack of {Path(source.place).name} (plan {plan})"
 
 
-def _jobs(source: Source, samples_per_shard: int) -> list[ShardJob]:
+def _jobs(source: ImageSource, samples_per_shard: int) -> list[ShardJob]:
     def scattered(entry: Entry) -> bytes:
         return hashlib.sha256(entry.key.encode()).digest()
 
@@ -210,7 +210,7 @@ def _usable(settings: ShardSettings, num_shards: int) -> Iterator[tuple[int, Fin
 
 
 def _write(
-    settings: ShardSettings, missing: list[ShardJob], processes: Workers[Reader], *, tell: Tell, place: str
+    settings: ShardSettings, missing: list[ShardJob], processes: Workers[ImageReader], *, tell: Tell, place: str
 ) -> None:
     bad: list[Bad] = []
     begun: list[ShardJob] = []
@@ -229,12 +229,12 @@ def _write(
     raise_if_bad(bad, place=place, seen=seen)
 
 
-def _say_notes(source: Source, say: Callable[[str], None]) -> None:
+def _say_notes(source: ImageSource, say: Callable[[str], None]) -> None:
     for note in source.notes:
         say(f"{source.place}: {note}")
 
 
-def _finish(settings: ShardSettings, num_shards: int, source: Source, say: Callable[[str], None]) -> Manifest:
+def _finish(settings: ShardSettings, num_shards: int, source: ImageSource, say: Callable[[str], None]) -> Manifest:
     settings.folder.check_alone()
     by_number = dict(_usable(settings, num_shards))
     for number in range(num_shards):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
-from dist_gan.data.labels import parse_json
 from dist_gan.data.manifest import Manifest, check_shards, read_manifest
+from dist_gan.json_text import parse_json
 from dist_gan.packing.destinations import OWNER, Destination
 from dist_gan.types import UserError
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dist_gan import storage
-from dist_gan.data.labels import LABEL_BYTES, BadLabel, Label, from_cls
+from dist_gan.packing.labels import LABEL_BYTES, BadLabel, Label, from_cls
 from dist_gan.packing.tar_scan import Member, TarScan
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")

@@ -16,13 +16,13 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from dist_gan import storage
-from dist_gan.data.labels import parse_json
 from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
+from dist_gan.json_text import parse_json
 from dist_gan.packing.destinations import Destination
 from dist_gan.packing.fetching import ahead
+from dist_gan.packing.image_source import UNREADABLE, ImageReader
 from dist_gan.packing.listing import MAX_SHOWN, Entry
 from dist_gan.packing.processes import Tell
-from dist_gan.packing.sources import UNREADABLE, Reader
 from dist_gan.packing.store_source import at_once
 from dist_gan.packing.tar_scan import TarScan
 from dist_gan.pictures import MAX_FILE_BYTES, BadImage, encode_png, examine, fit
@@ -78,7 +78,7 @@ def index_name(number: int) -> str:
     return f".shard-{number:05d}.json"
 
 
-def write_shard(settings: ShardSettings, reader: Reader, job: ShardJob, tell: Tell) -> tuple[Bad, ...]:
+def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tell: Tell) -> tuple[Bad, ...]:
     """Writes a shard and its index; if bad images are not to be skipped, returns them and leaves nothing.
 
     Raises:
@@ -143,7 +143,7 @@ def _finished(index: bytes, number: int, names: Mapping[str, int | None], *, pla
 
 
 def _write_tar(
-    settings: ShardSettings, reader: Reader, entries: tuple[Entry, ...], path: Path, tell: Tell
+    settings: ShardSettings, reader: ImageReader, entries: tuple[Entry, ...], path: Path, tell: Tell
 ) -> tuple[tuple[Bad, ...], int]:
     """Bad images, and the number of those written."""
     bad: list[Bad] = []
@@ -192,7 +192,7 @@ def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) ->
     return encode_png(fitted), "png"
 
 
-def read_entry(reader: Reader, entry: Entry) -> bytes | np.ndarray:
+def read_entry(reader: ImageReader, entry: Entry) -> bytes | np.ndarray:
     """An image file's bytes, or pixels HWC.
 
     Raises:

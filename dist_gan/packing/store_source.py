@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from dist_gan import storage
 from dist_gan.packing import fetching
+from dist_gan.packing.image_source import ImageReader
 from dist_gan.packing.listing import Entry, File, folders_of, list_images
 from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
-
-if TYPE_CHECKING:
-    from dist_gan.packing.sources import Reader
 
 HEAD_BYTES = 2**16
 """So much of an image is fetched to see its size and channels; nearly always enough, else all of it is fetched."""
@@ -51,7 +49,7 @@ class StoreSource:
         for entry in self.entries:
             digest.update(repr((entry.member, versions[entry.member])).encode())
         self.identity = digest.hexdigest()
-        self.reader: Reader = reader
+        self.reader: ImageReader = reader
 
 
 class StoreReader:
@@ -89,6 +87,6 @@ class StoreReader:
         return {"_url": self._url, "_folder": None}
 
 
-def at_once(reader: object) -> int:
+def at_once(reader: ImageReader) -> int:
     """How many images of a reader are worth asking for at the same time: a disk is asked for one."""
     return fetching.AT_ONCE if isinstance(reader, StoreReader) else 1

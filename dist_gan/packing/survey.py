@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_gan.packing.fetching import ahead
+from dist_gan.packing.image_source import UNREADABLE, ImageReader, ImageSource
 from dist_gan.packing.listing import Entry
 from dist_gan.packing.processes import Tell, Workers
 from dist_gan.packing.shard_writer import Bad, chunks, raise_if_bad, size_of
-from dist_gan.packing.sources import UNREADABLE, Reader, Source
 from dist_gan.packing.store_source import HEAD_BYTES, StoreReader, at_once
 from dist_gan.pictures import MAX_FILE_BYTES, BadImage, Header, header
 from dist_gan.types import TrainingFailed, UserError
@@ -37,7 +37,7 @@ def is_resolution(side: int) -> bool:
     return MIN_RESOLUTION <= side <= MAX_RESOLUTION and side & (side - 1) == 0
 
 
-def look(reader: Reader, entries: tuple[Entry, ...], tell: Tell) -> Findings:
+def look(reader: ImageReader, entries: tuple[Entry, ...], tell: Tell) -> Findings:
     """Headers of some images of a source."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
@@ -57,12 +57,12 @@ def look(reader: Reader, entries: tuple[Entry, ...], tell: Tell) -> Findings:
 
 
 def settle(
-    source: Source,
+    source: ImageSource,
     *,
     resolution: int | None,
     channels: int | None,
     skip_bad: bool,
-    workers: Workers[Reader],
+    workers: Workers[ImageReader],
     tell: Tell,
 ) -> tuple[int, int]:
     """Resolution and channels of the shards, as given or as all images have them.
@@ -102,7 +102,7 @@ def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:
     return shown + (f" and {len(ordered) - 3:,} other sizes" if len(ordered) > 3 else "")
 
 
-def _header(reader: Reader, entry: Entry) -> Header:
+def _header(reader: ImageReader, entry: Entry) -> Header:
     if isinstance(reader, StoreReader) and HEAD_BYTES < entry.size <= MAX_FILE_BYTES:
         try:
             return header(reader.open_head(entry), name=entry.member)

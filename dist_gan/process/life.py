@@ -14,10 +14,10 @@ import torch
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import to_yaml
 from dist_gan.data import Stage
-from dist_gan.embedded.writer import prepare_data
 from dist_gan.process import terminal
 from dist_gan.process.ending import Ending
 from dist_gan.process.last_words import silent_about_full_disks, within
+from dist_gan.run_data import prepare_data
 from dist_gan.run_folder import RunFolder, sees_attempt
 from dist_gan.runtime import NotMet, Runtime, StopRequest, Word, open_meeting, read_launch
 from dist_gan.trainer import Run, build, fit

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import train
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from tests.conftest import ROOT, environment, launch, random_images
 
 

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_gan import load_generator
 from dist_gan.checkpoint import reader
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from tests.conftest import ROOT, environment, launch, launch_command, random_images
 
 TRAIN = ROOT / "train.py"

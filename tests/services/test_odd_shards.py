@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dist_gan.data.manifest import read_manifest
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from dist_gan.packing.tar_scan import DamagedTar, TarScan
 from dist_gan.pictures import encode_png
 from dist_gan.types import UserError

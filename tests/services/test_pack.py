@@ -22,9 +22,11 @@ import webdataset
 from PIL import Image
 
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest, write_manifest
+from dist_gan.packing.array_sources import ArraySource
+from dist_gan.packing.image_source import ImageSource
 from dist_gan.packing.pack import pack
 from dist_gan.packing.shard_writer import shard_name
-from dist_gan.packing.sources import ArraySource, Source, open_source
+from dist_gan.packing.sources import open_source
 from dist_gan.pictures import decode, encode_png
 from dist_gan.types import TrainingFailed, UserError
 
@@ -554,6 +556,7 @@ SCRIPT = """
 import sys
 import tempfile
 from dist_gan.packing.pack import pack
+from dist_gan.packing.image_source import ImageSource
 from dist_gan.packing.sources import open_source
 if __name__ == "__main__":
     pack(open_source(sys.argv[1]), sys.argv[2], resolution=32, samples_per_shard=10, workers=int(sys.argv[3]))
@@ -616,7 +619,7 @@ def test_two_packs_do_not_share_a_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another pack is at work there"):
             pack(source, str(tmp_path / "out"), resolution=16, skip_bad=True, **QUIET)
 
-    source: Source = open_source(make_zip(tmp_path / "in.zip", {**classes(), "train/cat/x.jpg": b"bad"}))
+    source: ImageSource = open_source(make_zip(tmp_path / "in.zip", {**classes(), "train/cat/x.jpg": b"bad"}))
     pack(source, str(tmp_path / "out"), resolution=16, skip_bad=True, workers=1, say=second)
     assert "left out 1 bad" in said[0]
 

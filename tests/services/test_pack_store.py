@@ -26,9 +26,10 @@ from PIL import Image
 from dist_gan import storage
 from dist_gan.data.manifest import Manifest, read_manifest
 from dist_gan.packing import fetching
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.indexing import verify
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource, open_source
+from dist_gan.packing.sources import open_source
 from dist_gan.packing.store_source import HEAD_BYTES
 from dist_gan.pictures import encode_png
 from dist_gan.storage.folder import PART_BYTES

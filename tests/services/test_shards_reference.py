@@ -18,10 +18,11 @@ from PIL import Image
 
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
 from dist_gan.packing import fetching
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.fetching import ahead
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource, open_source
+from dist_gan.packing.sources import open_source
 from dist_gan.packing.survey import add_up, describe_sizes, is_resolution, look
 from dist_gan.packing.tar_scan import DamagedTar, TarScan
 from dist_gan.pictures import encode_png

@@ -16,10 +16,10 @@ from dist_gan import cli, storage
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
 from dist_gan.data.pieces import Piece, PieceReader, Source
-from dist_gan.embedded.writer import prepare_data
 from dist_gan.packing.fetching import ahead
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.sources import open_source
+from dist_gan.run_data import prepare_data
 from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import ROOT, free_port

@@ -194,8 +194,8 @@ def test_another_data_set_under_the_same_url_is_not_taken_from_the_cache(small_s
     old = before.next()
     before.close()
     shutil.rmtree(place)
+    from dist_gan.packing.array_sources import ArraySource
     from dist_gan.packing.pack import pack
-    from dist_gan.packing.sources import ArraySource
     from tests.conftest import random_images
 
     labels = [k % 5 for k in range(700)]

@@ -22,8 +22,8 @@ from dist_gan.data.order import held_out
 from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from dist_gan.types import TrainingFailed, UserError, byte_range
 from tests.conftest import ROOT, launch, random_images
 

@@ -26,9 +26,9 @@ from dist_gan.data.order import held_out
 from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
+from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.indexing import index
 from dist_gan.packing.pack import pack
-from dist_gan.packing.sources import ArraySource
 from dist_gan.pictures import encode_png
 from dist_gan.types import TrainingFailed, UserError
 from tests.services.own_store import own_store

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Collection, Sequence
-from typing import Any
+
+from dist_gan.json_text import parse_json
 
 MAX_CLASSES = 2**20
 LABEL_BYTES = 2**20
@@ -111,22 +111,6 @@ def not_a_class(label: object) -> str | None:
     if label >= MAX_CLASSES:
         return f"and there are at most {MAX_CLASSES:,} classes, numbered from 0"
     return None
-
-
-def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text from an outside source.
-
-    Raises:
-        ValueError: the text is not JSON, is nested too deeply, or has numbers of thousands of digits.
-    """
-    try:
-        return json.loads(data)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except ValueError as error:
-        if "integer string conversion" in str(error):
-            raise ValueError("it holds a number of thousands of digits") from error
-        raise
 
 
 def parse_label_file(data: bytes) -> tuple[dict[str, int] | None, str | None]:

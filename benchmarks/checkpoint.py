@@ -32,7 +32,7 @@ from dist_gan.config import CheckpointSection
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -84,7 +84,7 @@ def main() -> None:
     width = width_for(options.mib)
     overrides = [f"networks.g_width={width}", f"networks.d_width={width}", "run.batch=8", "data.url=unused"]
     config = load_config(ROOT / "configs" / "dcgan-cifar10.yaml", [*overrides, "runtime.precision=fp32"])
-    runtime = Runtime(config.runtime, Launch())
+    runtime = Runtime(config.runtime, LaunchSettings())
     draws = Draws(0, device=runtime.device)
     pool = Pool(torch.rand(64, 3, 32, 32, device=runtime.device) * 2 - 1, 8)
     state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=0), pool)

@@ -46,7 +46,7 @@ from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import Order
 from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.runtime import Launch, Missing, Runtime
+from dist_gan.runtime import LaunchSettings, LostRanks, Runtime
 from dist_gan.types import TensorFacts
 
 SAMPLES = 2_000
@@ -176,41 +176,43 @@ def _be_a_rank(rank: int, ranks: int, port: int, folder: Path, shards: Path, beg
         section = RuntimeSection(device="cpu", threads=1)
         killed, lock = [time.monotonic()], threading.Lock()
 
-        def record(missing: Missing) -> None:
+        def record(lost: LostRanks) -> None:
             """Whoever finds out first: the thread in the collective, or the one that looks after the neighbours."""
             place = folder / f"lost-{rank}.json"
             with lock:
-                if missing.reason and not place.exists():
+                if lost.reason and not place.exists():
                     seconds = time.monotonic() - killed[0]
-                    place.with_suffix(".part").write_text(json.dumps({"reason": missing.reason, "seconds": seconds}))
+                    place.with_suffix(".part").write_text(json.dumps({"reason": lost.reason, "seconds": seconds}))
                     place.with_suffix(".part").rename(place)
 
-        runtime = Runtime(section, Launch("ddp"), on_lost=record)
-        runtime.barrier()
+        runtime = Runtime(section, LaunchSettings("ddp"), on_lost=record)
+        runtime.control_group.barrier()
         joined_s = time.monotonic() - began
         if runtime.is_main:
             (folder / "joined").touch()
             _wait_for(folder / "counted")
-        runtime.barrier()
+        runtime.control_group.barrier()
         found: dict[str, float] = {"join_s": joined_s}
-        found["compare_settings_s"] = _timed(runtime, lambda: runtime.gather_json({"the settings": "0" * 300}))
+        found["compare_settings_s"] = _timed(
+            runtime, lambda: runtime.control_group.gather_json({"the settings": "0" * 300})
+        )
         found["vote_ms"] = 1e3 * statistics.median(
-            _timed(runtime, lambda: runtime.any_rank(False), apart=False) for _ in range(VOTES)
+            _timed(runtime, lambda: runtime.control_group.any_rank(False), apart=False) for _ in range(VOTES)
         )
         found["manifest_s"] = _timed(runtime, lambda: read_manifest(str(shards)))
         found["manifest_bytes_an_image"] = os.path.getsize(shards / "manifest.json") / SAMPLES
         found |= _order(runtime)
         found |= _commit(runtime, folder / "checkpoints", megabytes)
-        runtime.barrier()
+        runtime.control_group.barrier()
         if runtime.is_main:
             (folder / "rank-0.json").write_text(json.dumps(found))
             (folder / "quiet").touch()
         try:
             while True:
-                runtime.barrier()
+                runtime.control_group.barrier()
                 killed[0] = time.monotonic()
         except RuntimeError:
-            record(runtime.lost())
+            record(runtime.find_lost_ranks())
         # Leaves, so that those who were waiting for this rank find out too.
     except BaseException:
         traceback.print_exc()
@@ -222,11 +224,11 @@ def _be_a_rank(rank: int, ranks: int, port: int, folder: Path, shards: Path, beg
 def _timed(runtime: Runtime, work: Any, *, apart: bool = True) -> float:
     """Seconds until the slowest rank has done it."""
     if apart:
-        runtime.barrier()
+        runtime.control_group.barrier()
     began = time.perf_counter()
     work()
     if apart:
-        runtime.barrier()
+        runtime.control_group.barrier()
     return time.perf_counter() - began
 
 
@@ -242,13 +244,13 @@ def _order(runtime: Runtime) -> dict[str, float]:
     for draw in range(1, 6):
         order.locate(positions + draw * 64 * runtime.world_size)
     found = {"order_first_s": first, "order_next_ms": 1e3 * (time.process_time() - began) / 5}
-    runtime.barrier()
+    runtime.control_group.barrier()
     return found
 
 
 def _commit(runtime: Runtime, folder: Path, megabytes: int) -> dict[str, float]:
     checkpointer = Checkpointer(str(folder), runtime=runtime, section=CheckpointSection(), facts={})
-    runtime.barrier()
+    runtime.control_group.barrier()
     url = checkpointer.save(0, {"weights": Weights(megabytes)})
     checkpointer.drain()
     if not runtime.is_main:

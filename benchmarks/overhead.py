@@ -28,7 +28,7 @@ from dist_gan.config import PointsData, RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import at, knobs_at
 from dist_gan.step import train_step
@@ -128,7 +128,7 @@ def our_step(runtime: Runtime, config: RunConfig, pool: Pool) -> Any:
 def compare_steps(pairs: int) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "dcgan-cifar10.yaml", ["data.url=unused", "runtime.precision=fp32"])
     assert not isinstance(config.data, PointsData)
-    runtime = Runtime(config.runtime, Launch())
+    runtime = Runtime(config.runtime, LaunchSettings())
     images = torch.rand(1024, 3, 32, 32) * 2 - 1
     plain = PlainLoop(build_networks(config.networks, seed=0), config, Pool(images, config.run.batch))
     ours = our_step(runtime, config, Pool(images, config.run.batch))

@@ -28,7 +28,7 @@ from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
-from dist_gan.runtime import Player, Runtime, read_launch
+from dist_gan.runtime import Player, Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
@@ -68,8 +68,8 @@ def train_case(config: RunConfig, runtime: Runtime) -> tuple[dict[str, Any], dic
         knobs = knobs_at(state.progress.images, config=config)
         train_step(runtime, state, objective, draws, knobs, scalars, rules=rules)
     mine = list(stream.next().keys)
-    keys = [key for row in zip(*runtime.gather_json(mine), strict=True) for key in row]
-    latents = runtime.gather(draws.normal("latents/generator", draw=3, slots=slots, shape=(16,)))
+    keys = [key for row in zip(*runtime.control_group.gather_json(mine), strict=True) for key in row]
+    latents = runtime.training_group.gather_rows(draws.normal("latents/generator", draw=3, slots=slots, shape=(16,)))
     stream.close()
     facts = {
         "keys": keys,
@@ -123,9 +123,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report, seconds, runtime = {}, {}, None
     for name, config in cases.items():
-        launch = read_launch(config, os.environ, gpus=torch.cuda.device_count())
+        settings = read_launch_settings(config, os.environ, gpus=torch.cuda.device_count())
         if runtime is None:
-            runtime = (Unreduced if options.unreduced else Runtime)(config.runtime, launch)
+            runtime = (Unreduced if options.unreduced else Runtime)(config.runtime, settings)
         runtime.section = config.runtime  # one process group for all cases
         began = time.perf_counter()
         report[name], start, state = train_case(config, runtime)

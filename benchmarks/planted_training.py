@@ -892,8 +892,8 @@ FAULTS = [
     (
         "only rank 0 may be asked to stop",
         "dist_gan/trainer.py",
-        "runtime.any_rank(run.stop.requested or run.checkpointer.failed)",
-        "runtime.any_rank((run.stop.requested and runtime.is_main) or run.checkpointer.failed)",
+        "runtime.control_group.any_rank(run.stop.requested or run.checkpointer.failed)",
+        "runtime.control_group.any_rank((run.stop.requested and runtime.is_main) or run.checkpointer.failed)",
         (TWO_RANKS,),
     ),
     (
@@ -906,14 +906,14 @@ FAULTS = [
     (
         "scalars are those of rank 0",
         "dist_gan/scalars.py",
-        "runtime.reduce_mean(means).tolist()",
+        "runtime.training_group.mean(means).tolist()",
         "means.tolist()",
         (TWO_RANKS,),
     ),
     (
         "the memory is moved by what each rank saw",
         "dist_gan/step.py",
-        "means = runtime.reduce_mean(torch.stack(list(observed.values())))",
+        "means = runtime.training_group.mean(torch.stack(list(observed.values())))",
         "means = torch.stack(list(observed.values()))",
         (TWO_RANKS,),
     ),

@@ -45,7 +45,7 @@ from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
-from dist_gan.runtime import Runtime, read_launch
+from dist_gan.runtime import Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -221,7 +221,7 @@ def resumed(case: Case, runtime: Runtime, folder: Path) -> dict[int, Any]:
         trainee.train(case.further)
         found[stop] = trainee.facts(since=0)
         trainee.stream.close()
-        runtime.barrier()
+        runtime.control_group.barrier()
         if runtime.is_main:
             shutil.rmtree(folder / f"stop-{stop}")
     return found
@@ -243,15 +243,15 @@ def main() -> None:
     runtime: Runtime | None = None
     report: dict[str, Any] = {}
     first = next(iter(cases(options.shards, world_size=world_size, strategy="zero0").values())).config
-    launched = read_launch(first, os.environ, gpus=0)
-    for strategy in options.strategy or [launched.strategy]:
+    settings = read_launch_settings(first, os.environ, gpus=0)
+    for strategy in options.strategy or [settings.strategy]:
         for name, case in cases(options.shards, world_size=world_size, strategy=strategy).items():
             if options.only and name not in options.only:
                 continue
             if runtime is None:
-                runtime = Runtime(case.config.runtime, launched)
+                runtime = Runtime(case.config.runtime, settings)
             runtime.section = case.config.runtime
-            runtime.launch = dataclasses.replace(launched, strategy=strategy)
+            runtime.launch_settings = dataclasses.replace(settings, strategy=strategy)
             torch.manual_seed(0)
             folder = options.out / slug(f"{strategy}/{world_size}/{name}")
             began = time.perf_counter()
@@ -260,7 +260,7 @@ def main() -> None:
             report[f"{strategy}/{name}"] = row
     assert runtime is not None
     (options.out / f"{options.which}-{runtime.rank}.json").write_text(json.dumps(report))
-    runtime.barrier()
+    runtime.control_group.barrier()
     runtime.close()
 
 

@@ -32,8 +32,9 @@ from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks, count_parameters
-from dist_gan.runtime import Player, Runtime, read_launch
+from dist_gan.runtime import Player, Runtime, read_launch_settings
 from dist_gan.runtime.player import OptimSection, TorchPlayer, build_optimizer
+from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -52,6 +53,7 @@ class Alone(Runtime):
         alone = copy.copy(runtime)
         alone.__class__ = cls
         alone.rank, alone.world_size = 0, 1
+        alone.training_group = alone.control_group = alone.writer_group = RankGroup(None, rank=0, world_size=1)
         assert isinstance(alone, Alone)
         return alone
 
@@ -81,13 +83,13 @@ class Steps:
 
 def timed(steps: Steps, count: int, runtime: Runtime) -> float:
     """Seconds of a step, by the slower rank, all ranks starting at once."""
-    runtime.barrier()
+    runtime.control_group.barrier()
     began = time.perf_counter()
     for _ in range(count):
         steps.step()
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
-    return max(runtime.gather_json((time.perf_counter() - began) / count))
+    return max(runtime.control_group.gather_json((time.perf_counter() - began) / count))
 
 
 def bytes_of_a_step(steps: Steps) -> tuple[int, int]:
@@ -111,7 +113,7 @@ def worker(options: argparse.Namespace) -> None:
     overrides = [f"run.batch={2 * BATCH_A_PROCESS}", "data.url=unused", "runtime.precision=fp32"]
     overrides += ["runtime.threads=1", f"runtime.compress={options.compress}"]
     config = load_config(ROOT / "configs" / "dcgan-cifar10.yaml", overrides, world_size=2)
-    runtime = Runtime(config.runtime, read_launch(config, os.environ, gpus=torch.cuda.device_count()))
+    runtime = Runtime(config.runtime, read_launch_settings(config, os.environ, gpus=torch.cuda.device_count()))
     together, alone = Steps(config, runtime), Steps(config, Alone.of(runtime))
     times: dict[str, list[float]] = {"together": [], "alone": []}
     for block in range(options.blocks + 1):

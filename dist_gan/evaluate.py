@@ -75,5 +75,5 @@ def count_modes(
         judge(to_pictures(part)) for part in sample(generator, draws, slots=mine, classes=classes, purpose="modes")
     ]
     counts = np.bincount(np.concatenate(modes) + 1, minlength=13)
-    total = runtime.reduce_sum(torch.from_numpy(counts))
+    total = runtime.control_group.sum(torch.from_numpy(counts))
     return mode_report(np.repeat(np.arange(-1, 12), total.numpy()))

@@ -33,6 +33,6 @@ class ScalarMeans:
         if not names:
             return {}
         means = torch.stack([(self._sums[n].double() / self._counts[n]).to(runtime.device) for n in names])
-        values = runtime.reduce_mean(means).tolist()
+        values = runtime.training_group.mean(means).tolist()
         self._sums, self._counts = {}, {}
         return dict(zip(names, values, strict=True))

@@ -123,7 +123,7 @@ def _turn(
     if update.applied:
         runtime.average_buffers(active, resting)
         if observed:
-            means = runtime.reduce_mean(torch.stack(list(observed.values())))
+            means = runtime.training_group.mean(torch.stack(list(observed.values())))
             objective.remember(progress.memory, dict(zip(observed, means, strict=True)))
         for piece_terms in terms:
             scalars.add(piece_terms)

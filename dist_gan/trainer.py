@@ -22,7 +22,7 @@ from dist_gan.objectives import AdversarialObjective
 from dist_gan.resume import resume, roll_back
 from dist_gan.run_data import data_sources
 from dist_gan.run_folder import LOGS, note_start
-from dist_gan.runtime import Runtime, StopRequest, Update
+from dist_gan.runtime import Fingerprints, Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
@@ -91,7 +91,9 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     resumed = resume(config, checkpointer, state)
     images = state.progress.images
     folder, limit = Path(config.run.dir), config.recovery.max_restarts
-    runtime.agree(note_start(folder, attempt=attempt, images=images, limit=limit) if runtime.is_main else None)
+    runtime.control_group.agree(
+        note_start(folder, attempt=attempt, images=images, limit=limit) if runtime.is_main else None
+    )
     tracker = Tracker(
         folder,
         enabled=runtime.is_main,
@@ -103,7 +105,7 @@ def build(config: RunConfig, runtime: Runtime, stop: StopRequest, *, attempt: in
     for text in resumed.notes:
         tracker.say(text)
     start = f"resumed from {resumed.url} at {images:,} images" if resumed.url else "from scratch"
-    tracker.say(f"attempt {attempt}: {start}; {runtime.in_words}")
+    tracker.say(f"attempt {attempt}: {start}; {runtime.summary}")
     tracker.event(
         "resume" if resumed.url else "start",
         images=images,
@@ -301,7 +303,7 @@ def _commit_rollback(run: Run) -> None:
     if run.runtime.is_main:
         run.checkpointer.mark_healthy(url)
         run.checkpointer.end_rollback()
-    run.runtime.barrier()
+    run.runtime.control_group.barrier()
     _report_written(run)
 
 
@@ -312,7 +314,7 @@ def _report_damage(run: Run) -> None:
         TrainingFailed: on every rank, if there are more than may be.
     """
     stream, tracker = run.state.stream, run.tracker
-    found = run.runtime.gather_json(stream.damaged())
+    found = run.runtime.control_group.gather_json(stream.damaged())
     new = stream.note_damaged(Damage(*item) for rank in found for item in rank)
     for damage in new[:DAMAGE_SHOWN]:
         tracker.say(f"a damaged image was replaced: {damage.key!r} of {damage.url}: {damage.reason}")
@@ -322,16 +324,16 @@ def _report_damage(run: Run) -> None:
 
 def _compare_replicas(run: Run) -> None:
     """Ends the run when the ranks no longer train the same networks; a checkpoint compares everything it keeps."""
-    state, comparison = run.state, run.runtime.comparison()
+    state, fingerprints = run.state, Fingerprints(enabled=run.runtime.world_size > 1)
     for player in (state.generator, state.discriminator):
         for part in player.weights():
             for name, tensor in part.items():
-                comparison.add(f"{player.name}/weights/{name}", tensor)
+                fingerprints.add(f"{player.name}/weights/{name}", tensor)
         for name, tensor in player.module.named_buffers():
-            comparison.add(f"{player.name}/buffers/{name}", tensor)
+            fingerprints.add(f"{player.name}/buffers/{name}", tensor)
     for name, tensor in state.ema.tensors():
-        comparison.add(f"ema/{name}", tensor)
-    run.runtime.compare(comparison, writer=False)
+        fingerprints.add(f"ema/{name}", tensor)
+    run.runtime.control_group.compare_replicas(fingerprints)
 
 
 def _grid(run: Run) -> None:
@@ -352,10 +354,10 @@ def _asked_to_stop(run: Run, before: int) -> str | None:
     config, runtime = run.config, run.runtime
     if not _due(before, run.state.progress.images, config.runtime.stop_every, config.run.images):
         return None
-    if not runtime.any_rank(run.stop.requested or run.checkpointer.failed):
+    if not runtime.control_group.any_rank(run.stop.requested or run.checkpointer.failed):
         return None
     run.checkpointer.drain()
-    return next((name for name in runtime.gather_json(run.stop.signal) if name is not None), None)
+    return next((name for name in runtime.control_group.gather_json(run.stop.signal) if name is not None), None)
 
 
 def _save(run: Run, shown: Scalars) -> str:

@@ -17,7 +17,7 @@ from dist_gan.data import PointStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.objectives import AdversarialObjective
-from dist_gan.runtime import Launch, Runtime, StopRequest, Update
+from dist_gan.runtime import LaunchSettings, Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
@@ -59,7 +59,7 @@ def game(*overrides: str, networks: Networks | None = None, make_runtime: Callab
     """A game that begins; the settings' own perceptrons by default."""
     config = points_config(*overrides)
     assert isinstance(config.data, PointsData)
-    runtime = make_runtime(config.runtime, Launch(precision="fp64"))
+    runtime = make_runtime(config.runtime, LaunchSettings(precision="fp64"))
     draws = Draws(config.run.seed, dtype=runtime.dtype)
     stream = PointStream(config.data, classes=0, slots=runtime.slots(config.run.batch), draws=draws)
     networks = networks or build_networks(config.networks, seed=config.run.seed)
@@ -120,7 +120,7 @@ def started(
 ) -> Iterator[Run]:
     """A run in this process, built and resumed, whose files are closed afterwards; no signal reaches it."""
     config = points_config(f"run.dir={folder}", *overrides)
-    runtime = make_runtime(config.runtime, Launch(precision="fp64"))
+    runtime = make_runtime(config.runtime, LaunchSettings(precision="fp64"))
     folder.mkdir(parents=True, exist_ok=True)
     run = build(config, runtime, StopRequest(names=()), attempt=attempt)
     try:

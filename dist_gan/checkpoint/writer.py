@@ -25,7 +25,7 @@ from dist_gan.checkpoint.reader import Found
 from dist_gan.checkpoint.tensorfile import FileBuffer
 from dist_gan.config import CheckpointSection
 from dist_gan.config.reader import differences, read_written
-from dist_gan.runtime import Comparison, Runtime
+from dist_gan.runtime import Fingerprints, Runtime, raise_first
 from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
 from dist_gan.wording import safe
 
@@ -50,7 +50,7 @@ class _Job(NamedTuple):
     values: str
     """JSON state of all parts, as it was at the boundary."""
     scalars: Scalars
-    comparison: Comparison
+    fingerprints: Fingerprints
     ready: torch.cuda.Event | None
     """Reached once a GPU's copies have arrived."""
     began: float
@@ -112,12 +112,12 @@ class Checkpointer:
         share = {name: table[name] for name in mine}
         if self._buffer is None or self._buffer.table != share:
             self._buffer = FileBuffer(share, pinned=runtime.device.type == "cuda")
-        comparison = runtime.comparison()
+        fingerprints = Fingerprints(enabled=runtime.world_size > 1)
         given = 0
         for part, state in parts.items():
             for name, tensor in state.tensors():
                 whole = f"{part}/{name}"
-                comparison.add(whole, tensor)
+                fingerprints.add(whole, tensor)
                 given += 1
                 if whole in share:
                     self._buffer.put(whole, tensor)
@@ -131,7 +131,7 @@ class Checkpointer:
             file=f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors",
             values=json.dumps({part: state.values() for part, state in parts.items()}),
             scalars=dict(scalars or {}),
-            comparison=comparison,
+            fingerprints=fingerprints,
             ready=runtime.now_on_device(),
             began=began,
             blocked_s=time.perf_counter() - began,
@@ -150,7 +150,7 @@ class Checkpointer:
         """Manifest entries that determine the order of summation over ranks."""
         return {
             "world_size": self._runtime.world_size,
-            "strategy": self._runtime.launch.strategy,
+            "strategy": self._runtime.launch_settings.strategy,
             "gradient_layout": self._facts.get("gradient_layout"),
         }
 
@@ -199,7 +199,7 @@ class Checkpointer:
         runtime = self._runtime
         if job.ready is not None:
             job.ready.synchronize()
-        runtime.compare(job.comparison)
+        runtime.writer_group.compare_replicas(job.fingerprints)
         data = buffer.bytes()
         digest = _Digest(data)
         problem, written = None, {}
@@ -213,8 +213,8 @@ class Checkpointer:
             problem = f"cannot write {storage.redact(job.url)}: {storage.why(error)}"
         except Exception as error:  # whatever it is, the other ranks wait for this one's word
             problem = f"cannot write {storage.redact(job.url)}: {type(error).__name__}"
-        files = runtime.gather_json({"problem": problem, "written": written}, writer=True)
-        _raise_first([f["problem"] for f in files])
+        files = runtime.writer_group.gather_json({"problem": problem, "written": written})
+        raise_first([f["problem"] for f in files])
         problem = None
         if runtime.is_main:
             try:
@@ -225,7 +225,7 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(job.url)}: {storage.why(error)}"
             except Exception as error:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
-        _raise_first([runtime.share_json(problem, writer=True)])
+        raise_first([runtime.writer_group.share_json(problem)])
 
     def _commit(self, job: _Job, files: list[Any]) -> None:
         manifest = {
@@ -234,7 +234,7 @@ class Checkpointer:
             "serial": form.serial_of(job.url),
             "images": job.images,
             "world_size": self._runtime.world_size,
-            "strategy": self._runtime.launch.strategy,
+            "strategy": self._runtime.launch_settings.strategy,
             "torch": torch.__version__,
             "python": platform.python_version(),
             **self._facts,
@@ -298,20 +298,14 @@ class Checkpointer:
 
     def _on_main(self, look: Callable[[], Any]) -> Any:
         """Calls `look` on rank 0; returns its JSON value, or raises its exception, on every rank."""
-        found: dict[str, Any] = {}
+        value: Any = None
+        error: UserError | TrainingFailed | None = None
         if self._runtime.is_main:
             try:
-                found = {"found": look()}
-            except UserError as error:
-                found = {"mistake": str(error)}
-            except TrainingFailed as error:
-                found = {"failure": str(error)}
-        found = self._runtime.share_json(found)
-        if "mistake" in found:
-            raise UserError(found["mistake"])
-        if "failure" in found:
-            raise TrainingFailed(found["failure"])
-        return found["found"]
+                value = look()
+            except (UserError, TrainingFailed) as caught:
+                error = caught
+        return self._runtime.control_group.share_json(value, error=error)
 
     def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
         """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
@@ -336,20 +330,14 @@ class Checkpointer:
             UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
             TrainingFailed: on every rank, if the store does not answer.
         """
-        problem: dict[str, str] = {}
+        problem: UserError | TrainingFailed | None = None
         manifest: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         try:
             manifest, tensors = form.read(url)
-        except UserError as error:
-            problem = {"mistake": str(error)}
-        except TrainingFailed as error:
-            problem = {"failure": str(error)}
-        for found in self._runtime.gather_json(problem):
-            if "mistake" in found:
-                raise UserError(found["mistake"])
-            if "failure" in found:
-                raise TrainingFailed(found["failure"])
+        except (UserError, TrainingFailed) as error:
+            problem = error
+        self._runtime.control_group.raise_together(problem)
         self._refuse_other_settings(url, manifest)
         lacking = parts.keys() - manifest["values"].keys()
         if lacking:
@@ -396,13 +384,6 @@ class _Digest:
         """Waits for the hash."""
         self._thread.join()
         return self._hash.hexdigest()
-
-
-def _raise_first(problems: list[str | None]) -> None:
-    """Raises on every rank what went wrong on any, in the words of the lowest rank that has some."""
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise TrainingFailed(text if len(problems) == 1 else f"rank {rank}: {text}")
 
 
 def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:

@@ -1,7 +1,7 @@
-"""End of a run on one rank: verdict for the other ranks, `outcome.json`, one sentence, exit code; whatever has failed.
+"""End of a run on one rank: notice for the other ranks, `outcome.json`, one sentence, exit code; whatever has failed.
 
-The first rank that puts a verdict (`Word`) into the launch's store writes the outcome and prints the sentence; the
-other ranks exit silently once they read the verdict. `outcome.json` carries the number of its attempt, and only ranks
+The first rank that puts a notice (`EndNotice`) into the launch's store writes the outcome and prints the sentence; the
+other ranks exit silently once they read the notice. `outcome.json` carries the number of its attempt, and only ranks
 of that attempt write it.
 """
 
@@ -21,16 +21,16 @@ from dist_gan.process.last_words import DISK_TROUBLE, STEP_WITHIN_S, say_last, w
 from dist_gan.process.outcome import images_of, newest_commit, outcome_of, refuse, write_outcome
 from dist_gan.run_folder import RunFolder, is_attempt_of, note_end
 from dist_gan.runtime import (
+    EndNotice,
+    LostRanks,
     Meeting,
-    Missing,
-    NotMet,
+    MeetingFailed,
     Process,
     Runtime,
-    Stopped,
+    StoppedBeforeTraining,
     StopRequest,
-    Word,
-    end_the_silent,
     find_launcher,
+    kill_unreachable_ranks,
 )
 from dist_gan.state import Progress
 from dist_gan.types import TrainingFailed, UserError
@@ -66,7 +66,7 @@ class Ending:
         self._launcher = find_launcher(os.environ)
         self._done = threading.Event()
         self._leaving = threading.Lock()
-        self._said: Word | None = None
+        self._said: EndNotice | None = None
 
     # -- normal end -----------------------------------------------------------------------------------------------
 
@@ -81,11 +81,11 @@ class Ending:
         reason = "" if stopped_by is None else f"asked to stop by {stopped_by}"
         if self.folder is not None:
             self.folder.write_outcome(outcome, code=code, images=images, reason=reason, commit=commit)
-            self._said = Word(self.rank, outcome, shown, reason, at_end=True)
+            self._said = EndNotice(self.rank, outcome, shown, reason, at_end=True)
             if self.meeting is not None:
-                self.meeting.end(self._said)
+                self.meeting.publish_notice(self._said)
         if self.runtime is not None:
-            self.runtime.barrier()
+            self.runtime.control_group.barrier()
         if shown != FINISHED:
             write_error_file(f"{reason}, and saved: start the same command again to go on", time.time())
         self._done.set()
@@ -98,7 +98,7 @@ class Ending:
     def badly(self, error: BaseException) -> int:
         """Ends the run because of an exception; returns the exit code."""
         match error:
-            case Stopped():
+            case StoppedBeforeTraining():
                 return self._stopped(str(error))
             case UserError():
                 return self.leave(
@@ -106,29 +106,31 @@ class Ending:
                 )
             case TrainingFailed():
                 return self.leave("failed", code=FAILED, reason=str(error), rank_zero_first=True)
-            case NotMet():
+            case MeetingFailed():
                 return self.leave("crashed", code=CRASHED, reason=str(error))
             case OSError() if error.errno in DISK_TROUBLE:
                 reason = f"cannot write {error.filename or self.run_dir}: {storage.why(error)}"
                 return self.leave("failed", code=FAILED, reason=reason)
             case RuntimeError() if self.runtime is not None and self.world_size > 1:
-                missing = self.runtime.lost()  # a failed collective is usually the consequence of a lost rank
-                if missing.reason is not None:
-                    return self.lost(missing)
+                lost = self.runtime.find_lost_ranks()  # a failed collective is usually the consequence of a lost rank
+                if lost.reason is not None:
+                    return self.lost(lost)
         reason = safe(" ".join(f"{type(error).__name__}: {error}".split()))
         if self.world_size > 1:
-            place = f" in: {self.runtime.place}" if self.runtime is not None else " before training"
+            place = f" in: {self.runtime.landmark}" if self.runtime is not None else " before training"
             here = f"process {os.getpid()} on {os.uname().nodename}"
             reason = f"rank {self.rank} failed{place} ({here}): {reason}"
         return self.leave("crashed", code=CRASHED, reason=reason, error=error)
 
-    def refused_by(self, word: Word) -> int:
+    def refused_by(self, notice: EndNotice) -> int:
         """Ends a start that a rank has refused; returns the exit code. Rank 0 reports it, since it owns the run's folder."""
         if self.rank != 0:
-            self.heard(word)
-            return word.code
-        reason = word.reason if word.outcome == "crashed" or word.rank == 0 else f"rank {word.rank}: {word.reason}"
-        return self.leave(word.outcome, code=word.code, reason=reason)
+            self.heard(notice)
+            return notice.code
+        reason = (
+            notice.reason if notice.outcome == "crashed" or notice.rank == 0 else f"rank {notice.rank}: {notice.reason}"
+        )
+        return self.leave(notice.outcome, code=notice.code, reason=reason)
 
     def asked_twice(self, name: str) -> None:
         """Ends the run because of a second stop signal, without saving."""
@@ -138,17 +140,17 @@ class Ending:
             )
             self.leave("crashed", code=CRASHED, reason=reason)
 
-    def lost(self, missing: Missing) -> int:
-        """Ends the run because other ranks are missing, or this rank is cut off from them; returns the exit code."""
-        reason = f"{missing.reason}; start the same command again to resume"
-        if missing.cut_off:
+    def lost(self, lost: LostRanks) -> int:
+        """Ends the run because other ranks are lost, or this rank is cut off from them; returns the exit code."""
+        reason = f"{lost.reason}; start the same command again to resume"
+        if lost.cut_off:
             return self._cut_off(reason)
-        return self.leave("crashed", code=CRASHED, reason=reason, missing=missing)
+        return self.leave("crashed", code=CRASHED, reason=reason, lost=lost)
 
-    def heard(self, word: Word) -> None:
+    def heard(self, notice: EndNotice) -> None:
         """Ends this rank because another rank has declared the launch over."""
         if self._leaving.acquire(blocking=False):
-            self._hear(word)
+            self._hear(notice)
         else:
             time.sleep(4 * STEP_WITHIN_S)  # another thread is already ending the process
 
@@ -158,7 +160,7 @@ class Ending:
         *,
         code: int,
         reason: str,
-        missing: Missing | None = None,
+        lost: LostRanks | None = None,
         rank_zero_first: bool = False,
         error: BaseException | None = None,
     ) -> int:
@@ -168,105 +170,105 @@ class Ending:
             outcome: value of `outcome` in `outcome.json`.
             code: exit code.
             reason: one sentence.
-            missing: ranks that cannot receive the verdict.
+            lost: ranks that cannot receive the notice.
             rank_zero_first: True if rank 0 may be about to report the same.
             error: exception whose traceback is printed before the sentence.
         """
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return code
-        word = Word(self.rank, outcome, code, reason)
-        if missing is not None:
-            word = word._replace(missing=missing.missing, hanging=missing.hanging)
-        held = self._said or self._claim(word, rank_zero_first=rank_zero_first and self.rank != 0)
+        notice = EndNotice(self.rank, outcome, code, reason)
+        if lost is not None:
+            notice = notice._replace(unreachable=lost.unreachable, hanging=lost.hanging)
+        held = self._said or self._claim(notice, rank_zero_first=rank_zero_first and self.rank != 0)
         if held.at_end or held.rank != self.rank:
             self._hear(held)
             return held.code
         self._speak(held, error)
         return code
 
-    def _claim(self, word: Word, *, rank_zero_first: bool) -> Word:
-        """Publishes a verdict; returns the one in force, which is this rank's own if the store cannot be asked."""
+    def _claim(self, notice: EndNotice, *, rank_zero_first: bool) -> EndNotice:
+        """Publishes a notice; returns the one in force, which is this rank's own if the store cannot be asked."""
         meeting = self.meeting
         if meeting is None:
-            return word
+            return notice
         began = self.attempt is not None
-        found: list[Word] = []
+        found: list[EndNotice] = []
 
         def ask() -> None:
             if not began and self.rank != 0:
-                found.append(meeting.object(word, patience_s=4 * STEP_WITHIN_S))
+                found.append(meeting.raise_objection(notice, patience_s=4 * STEP_WITHIN_S))
                 return
             deadline = time.monotonic() + _RANK_ZERO_FIRST_S
             while rank_zero_first and time.monotonic() < deadline:
-                if (held := meeting.over()) is not None:
+                if (held := meeting.notice()) is not None:
                     found.append(held)
                     return
                 time.sleep(0.1)
-            found.append(meeting.end(word))
+            found.append(meeting.publish_notice(notice))
 
         within(ask, seconds=STEP_WITHIN_S if began or self.rank == 0 else 5 * STEP_WITHIN_S)
-        return found[0] if found else word
+        return found[0] if found else notice
 
-    def _speak(self, word: Word, error: BaseException | None) -> None:
-        within(lambda: self._write(word))
+    def _speak(self, notice: EndNotice, error: BaseException | None) -> None:
+        within(lambda: self._write(notice))
         if error is not None:
             within(lambda: print(report("".join(traceback.format_exception(error))), file=sys.stderr, flush=True))
-        within(lambda: say_last(word.reason, launcher_waits=self._launcher_waits()))
-        end_the_silent(word)
-        self._wait_for_the_others(word)
+        within(lambda: say_last(notice.reason, launcher_waits=self._launcher_waits()))
+        kill_unreachable_ranks(notice)
+        self._wait_for_the_others(notice)
 
-    def _hear(self, word: Word) -> None:
-        """Ends a rank that did not issue the verdict; the owner of the run's folder writes the outcome if it is missing."""
-        if self.folder is not None and not word.at_end:
-            within(lambda: self._write(word))
-        if not word.at_end:
-            write_error_file(f"left with rank {word.rank}, which has ended the run", time.time())
-        end_the_silent(word)
+    def _hear(self, notice: EndNotice) -> None:
+        """Ends a rank that did not issue the notice; the owner of the run's folder writes the outcome if it is missing."""
+        if self.folder is not None and not notice.at_end:
+            within(lambda: self._write(notice))
+        if not notice.at_end:
+            write_error_file(f"left with rank {notice.rank}, which has ended the run", time.time())
+        kill_unreachable_ranks(notice)
         meeting = self.meeting
         if meeting is not None and self._said is None:
-            within(meeting.has_heard)
-        self._wait_for_the_others(word)
+            within(meeting.confirm_notice)
+        self._wait_for_the_others(notice)
 
-    def _wait_for_the_others(self, word: Word) -> None:
-        """Keeps rank 0 until all reachable ranks have read the verdict: the store may end with it or its launcher."""
+    def _wait_for_the_others(self, notice: EndNotice) -> None:
+        """Keeps rank 0 until all reachable ranks have read the notice: the store may end with it or its launcher."""
         meeting = self.meeting
-        if meeting is not None and self.rank == 0 and not word.at_end:
-            within(lambda: meeting.wait_until_heard(word), seconds=2 * STEP_WITHIN_S)
+        if meeting is not None and self.rank == 0 and not notice.at_end:
+            within(lambda: meeting.wait_for_confirmations(notice), seconds=2 * STEP_WITHIN_S)
 
     def _cut_off(self, reason: str) -> int:
         """Ends a rank that cannot reach the store; on each machine only the process of local rank 0 reports it."""
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return CRASHED
-        word = Word(self.rank, "crashed", CRASHED, reason)
+        notice = EndNotice(self.rank, "crashed", CRASHED, reason)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             deadline = time.monotonic() + (_OUTCOME_WITHIN_S if self.folder is None else 0.0)
             while not self._has_outcome() and time.monotonic() < deadline:
                 time.sleep(0.2)
             if not self._has_outcome():
-                within(lambda: self._write(word))
+                within(lambda: self._write(notice))
             within(lambda: say_last(reason, launcher_waits=self._launcher_waits()))
         return CRASHED
 
     def _stopped(self, name: str) -> int:
         """Ends the run because of a stop signal before training began; returns the exit code."""
-        word = self._word_so_far()
-        if word is not None:
-            return self.leave(word.outcome, code=word.code, reason=word.reason)
+        notice = self._notice_so_far()
+        if notice is not None:
+            return self.leave(notice.outcome, code=notice.code, reason=notice.reason)
         code = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else PREEMPTED
         died: list[str | None] = []
         meeting = self.meeting
         if meeting is not None and name == "SIGTERM":
-            within(lambda: died.append(meeting.some_have_died_here(os.environ)))
+            within(lambda: died.append(meeting.dead_local_ranks(os.environ)))
         if died and died[0] is not None:
             reason = f"rank {died[0]} ended before it joined the others, and the launcher has ended this start ({name})"
             return self.leave("crashed", code=CRASHED, reason=reason)
         reason = f"asked to stop by {name} before training began; start the same command again to go on"
         return self.leave("preempted", code=code, reason=reason, rank_zero_first=True)
 
-    def _word_so_far(self) -> Word | None:
-        found: list[Word | None] = []
+    def _notice_so_far(self) -> EndNotice | None:
+        found: list[EndNotice | None] = []
         meeting = self.meeting
         if meeting is not None:
             within(lambda: found.append(meeting.objection()))
@@ -279,14 +281,14 @@ class Ending:
             return False
         return outcome_of(self.run_dir, self.attempt) is not None
 
-    def _write(self, word: Word) -> None:
-        """Writes the outcome of this attempt, unless the rank that issued the verdict has written it."""
+    def _write(self, notice: EndNotice) -> None:
+        """Writes the outcome of this attempt, unless the rank that issued the notice has written it."""
         folder, attempt = self.run_dir, self.attempt
         if folder is None or attempt is None or not (self.folder or is_attempt_of(folder, attempt)):
-            if self.rank == 0 and attempt is None and word.outcome == "configuration_wrong":
-                refuse(folder, reason=word.reason)
+            if self.rank == 0 and attempt is None and notice.outcome == "configuration_wrong":
+                refuse(folder, reason=notice.reason)
             return
-        if word.rank != self.rank:
+        if notice.rank != self.rank:
             deadline = time.monotonic() + _LOOK_S
             while not self._has_outcome() and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -297,20 +299,20 @@ class Ending:
         try:
             write_outcome(
                 folder,
-                word.outcome,
-                code=_own_code(word),
+                notice.outcome,
+                code=_own_code(notice),
                 images=images,
-                reason=word.reason,
+                reason=notice.reason,
                 attempt=attempt,
                 commit=commit,
             )
         except TrainingFailed as error:
             terminal.say(f"outcome.json could not be written: {error}")
-        if word.outcome == "preempted":
+        if notice.outcome == "preempted":
             note_end(folder, attempt=attempt, outcome="preempted")
 
     def _launcher_waits(self) -> bool:
-        return self._launcher is not None and self._launcher.state() != "X"
+        return self._launcher is not None and not self._launcher.has_ended()
 
     # -- the launcher ---------------------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ class Ending:
             threading.Thread(target=self._watch, args=(launcher,), name="launcher", daemon=True).start()
 
     def _watch(self, launcher: Process) -> None:
-        while launcher.state() != "X":
+        while not launcher.has_ended():
             if self._done.wait(_LOOK_S):
                 return
         if self._done.is_set():
@@ -329,7 +331,7 @@ class Ending:
         # A lone process can save by itself. Several ranks would have to agree, and their store may be gone.
         if self.stop is not None and (self.world_size == 1 or self.stop.requested):
             seconds = _ASKED_BEFORE_S if self.stop.requested else _SAVED_WITHIN_S
-            self.stop.ask("the end of its launcher")
+            self.stop.request("the end of its launcher")
             self._done.wait(seconds)
         if self._done.is_set():
             return
@@ -364,6 +366,6 @@ class Ending:
         os._exit(code)
 
 
-def _own_code(word: Word) -> int:
+def _own_code(notice: EndNotice) -> int:
     """Exit code recorded in `outcome.json`; a restarting launcher may be given another."""
-    return PREEMPTED if word.outcome == "preempted" else word.code
+    return PREEMPTED if notice.outcome == "preempted" else notice.code

@@ -19,7 +19,7 @@ from dist_gan.process.ending import Ending
 from dist_gan.process.last_words import silent_about_full_disks, within
 from dist_gan.run_data import prepare_data
 from dist_gan.run_folder import RunFolder, sees_attempt
-from dist_gan.runtime import NotMet, Runtime, StopRequest, Word, open_meeting, read_launch
+from dist_gan.runtime import EndNotice, MeetingFailed, Runtime, StopRequest, open_meeting, read_launch_settings
 from dist_gan.trainer import Run, build, fit
 from dist_gan.types import UserError
 
@@ -65,7 +65,7 @@ def refuse_start(mistake: UserError, run_dir: str | None) -> int:
     """
     with terminal.unbreakable():
         ending = Ending(run_dir)
-        with suppress(NotMet):  # without a store, each rank reports the mistake itself
+        with suppress(MeetingFailed):  # without a store, each rank reports the mistake itself
             ending.meeting = open_meeting(os.environ, patience_s=_REFUSAL_WITHIN_S)
         code = ending.badly(mistake)
         ending.close(code)
@@ -76,26 +76,26 @@ def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list
     ending.stop = stop = StopRequest(on_second=ending.asked_twice)
     patience_s = config.runtime.start_timeout_s
     ending.meeting = meeting = open_meeting(os.environ, patience_s=patience_s)
-    launched = read_launch(config, os.environ, gpus=torch.cuda.device_count())
+    launch_settings = read_launch_settings(config, os.environ, gpus=torch.cuda.device_count())
     if ending.rank == 0:
-        with stop.put_off():
+        with stop.deferred():
             ending.folder = RunFolder(config)
             ending.attempt = ending.folder.attempt
         for note in (*ending.folder.notes, *prepare_data(config)):
             terminal.say(note)
-        if meeting is not None and (word := meeting.open_for(ending.attempt, patience_s=patience_s)) is not None:
-            return ending.refused_by(word)
+        if meeting is not None and (notice := meeting.admit_ranks(ending.attempt, patience_s=patience_s)) is not None:
+            return ending.refused_by(notice)
     elif meeting is not None:
         answer = meeting.join(patience_s=patience_s)
-        if isinstance(answer, Word):
+        if isinstance(answer, EndNotice):
             return ending.refused_by(answer)
         ending.attempt = answer
     ending.runtime = runtime = Runtime(
-        config.runtime, launched, meeting=meeting, on_lost=ending.lost, on_over=ending.heard
+        config.runtime, launch_settings, meeting=meeting, on_lost=ending.lost, on_notice=ending.heard
     )
     ending.meeting = runtime.meeting  # the process groups own the first connection from here on
     _refuse_strangers(config, runtime)
-    attempt = runtime.share_json(ending.attempt)
+    attempt = runtime.control_group.share_json(ending.attempt)
     _refuse_a_private_folder(config, runtime, attempt=attempt)
     run = build(config, runtime, stop, attempt=attempt, stages=stages)
     parts.append(run)
@@ -117,7 +117,7 @@ def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
         "torch": torch.__version__,
         **runtime.packages(),
     }
-    everywhere = runtime.gather_json(mine)
+    everywhere = runtime.control_group.gather_json(mine)
     for name, value in everywhere[0].items():
         strangers = [rank for rank, facts in enumerate(everywhere) if facts.get(name) != value]
         if strangers:
@@ -131,7 +131,7 @@ def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
 def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: int) -> None:
     """Raises unless all ranks see the run folder of rank 0."""
     blind = None if sees_attempt(Path(config.run.dir), attempt) else f"rank {runtime.rank} on {platform.node()}"
-    names = [name for name in runtime.gather_json(blind) if name is not None]
+    names = [name for name in runtime.control_group.gather_json(blind) if name is not None]
     if not names:
         return
     raise UserError(

@@ -1,29 +1,31 @@
 """The only importer of accelerate and deepspeed: processes, devices, precision, and the two players wrapped for them."""
 
-from dist_gan.runtime.fingerprint import Comparison
-from dist_gan.runtime.heartbeat import Missing, end_the_silent
-from dist_gan.runtime.launched import Launch, read_launch
+from dist_gan.runtime.fingerprint import Fingerprints
+from dist_gan.runtime.launch_settings import LaunchSettings, read_launch_settings
 from dist_gan.runtime.launcher import Process, find_launcher
-from dist_gan.runtime.meeting import Meeting, NotMet, Word, open_meeting
+from dist_gan.runtime.lost_ranks import LostRanks, kill_unreachable_ranks
+from dist_gan.runtime.meeting import EndNotice, Meeting, MeetingFailed, open_meeting
 from dist_gan.runtime.player import Player, Update
+from dist_gan.runtime.rank_group import raise_first
 from dist_gan.runtime.runtime import Runtime
-from dist_gan.runtime.stop import Stopped, StopRequest
+from dist_gan.runtime.stop import StoppedBeforeTraining, StopRequest
 
 __all__ = [
-    "Comparison",
-    "Launch",
+    "EndNotice",
+    "Fingerprints",
+    "LaunchSettings",
+    "LostRanks",
     "Meeting",
-    "Missing",
-    "NotMet",
+    "MeetingFailed",
     "Player",
     "Process",
     "Runtime",
     "StopRequest",
-    "Stopped",
+    "StoppedBeforeTraining",
     "Update",
-    "Word",
-    "end_the_silent",
     "find_launcher",
+    "kill_unreachable_ranks",
     "open_meeting",
-    "read_launch",
+    "raise_first",
+    "read_launch_settings",
 ]

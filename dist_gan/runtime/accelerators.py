@@ -14,12 +14,12 @@ from accelerate.utils import (
 )
 
 from dist_gan.config import RuntimeSection
-from dist_gan.runtime.launched import Launch
+from dist_gan.runtime.launch_settings import LaunchSettings
 from dist_gan.types import UserError
 
 
 def make_accelerators(
-    section: RuntimeSection, launch: Launch, *, on_cpu: bool, timeout: timedelta
+    section: RuntimeSection, launch: LaunchSettings, *, on_cpu: bool, timeout: timedelta
 ) -> dict[str, Accelerator]:
     """Accelerators by network: `generator` and `discriminator`.
 

@@ -21,7 +21,7 @@ _PASSES = 3
 """Number of passes: the first is recorded, the second uses the new layout, the third updates DDP's logged layout."""
 
 
-class Bucketed(nn.Module):
+class BucketedNetwork(nn.Module):
     """The module inside DDP: calls the network, or passes through its parameters alone.
 
     Args:
@@ -50,7 +50,7 @@ def lay_out(wrapped: DistributedDataParallel) -> str:
     overlap.
 
     Args:
-        wrapped: DDP around a `Bucketed` network, before its first pass.
+        wrapped: DDP around a `BucketedNetwork` network, before its first pass.
     """
     with torch.enable_grad():
         for _ in range(_PASSES):  # a keyword argument: on a GPU, DDP cannot be called without any argument

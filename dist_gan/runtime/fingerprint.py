@@ -33,11 +33,11 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
-class Comparison:
-    """Fingerprints of many tensors, taken one after another without waiting for the device.
+class Fingerprints:
+    """Fingerprints of many tensors by name, taken one after another without waiting for the device.
 
     Args:
-        enabled: whether there is anybody to compare with.
+        enabled: False to take none, in a launch of one process.
     """
 
     def __init__(self, *, enabled: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dist_gan.runtime.meeting import Meeting
+from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.types import TrainingFailed
 
 _TO_CHECK = (
@@ -50,16 +51,14 @@ def _in_short(error: RuntimeError) -> str:
     return re.sub(r"^\[[^]]*\]\s*(\S+ [!=]= \S+\.\s*)?", "", lines[0])
 
 
-def first_reduction(
-    places: Mapping[str, tuple[dist.ProcessGroup | None, torch.device]], *, world_size: int, timeout_s: float
-) -> None:
+def first_reduction(groups: Mapping[str, tuple[RankGroup, torch.device]], *, world_size: int, timeout_s: float) -> None:
     """Adds one number over all ranks in each process group, before training depends on a reduction. Collective.
 
     A group connects in its first reduction, where closed ports and wrong interfaces show: with NCCL as a hang. The
     reduction runs in a thread of its own, since a call that waits in NCCL cannot be interrupted.
 
     Args:
-        places: process group and device of its tensors, by a descriptive name.
+        groups: group of ranks and device of its tensors, by a descriptive name.
         world_size: number of processes of the launch.
         timeout_s: time limit of all reductions together, in seconds.
 
@@ -70,13 +69,11 @@ def first_reduction(
     failed: list[str] = []
 
     def add() -> None:
-        for name, (group, device) in places.items():
+        for name, (group, device) in groups.items():
             try:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
-                number = torch.ones(1, device=device)
-                dist.all_reduce(number, group=group)
-                total = float(number)
+                total = float(group.sum(torch.ones(1, device=device)))
             except RuntimeError as error:
                 failed.append(f"over {name} failed ({_in_short(error)})")
                 return
@@ -88,8 +85,8 @@ def first_reduction(
     thread = threading.Thread(target=add, name="first reduction", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if len(done) == len(places):
+    if len(done) == len(groups):
         return
-    waiting = next(name for name in places if name not in done)
+    waiting = next(name for name in groups if name not in done)
     what = failed[0] if failed else f"over {waiting} did not come back within {timeout_s:g} s"
     raise TrainingFailed(f"the {world_size} processes have met, but adding one number {what}; {_TO_CHECK}")

@@ -39,6 +39,14 @@ class Process(NamedTuple):
             return "X"
         return fields[0]
 
+    def has_ended(self) -> bool:
+        """True if the process has ended, even if its parent has not yet asked for its exit code."""
+        return self.state() == "X"
+
+    def is_active_since(self, cpu: int) -> bool:
+        """True if the process has used CPU time since it had used `cpu` clock ticks, or is held by a debugger."""
+        return self.cpu() > cpu or self.state() == "t"
+
     def cpu(self) -> int:
         """CPU time used by the process, in clock ticks."""
         fields = _stat(self.pid)

@@ -40,13 +40,17 @@ class Player(ABC):
     Args:
         name: `generator` or `discriminator`.
         module: the bare network, for the other player's turn and for its buffers.
+        forward_module: the module whose forward pass runs in the player's own turn: the network, or DDP around it.
         clip: largest norm of the whole gradient; 0 for no clipping.
         layout: short name of the order in which gradients are summed over ranks; empty if only one order exists.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, clip: float, layout: str = "") -> None:
+    def __init__(
+        self, name: str, module: nn.Module, forward_module: nn.Module, *, clip: float, layout: str = ""
+    ) -> None:  # fmt: skip
         self.name = name
         self.module = module
+        self.forward_module = forward_module
         self.clip = clip
         self.layout = layout
         self.parameters = dict(module.named_parameters())
@@ -54,11 +58,6 @@ class Player(ABC):
         self._shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
 
     # -- a turn ---------------------------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def callable(self) -> nn.Module:
-        """The module that is called in the player's own turn."""
 
     def rest(self) -> None:
         """Freezes the network for the other player's turn."""
@@ -86,7 +85,7 @@ class Player(ABC):
         """The parameters by name, whole, a part at a time; each part is gone once the next is asked for. Collective."""
 
     @abstractmethod
-    def moments(self) -> tuple[str, ...]:
+    def moment_names(self) -> tuple[str, ...]:
         """Names of the optimizer's state of every parameter, sorted; none before the first update.
 
         Sorted, because reading them is collective and a checkpoint comes back in another order on every rank.
@@ -110,7 +109,7 @@ class Player(ABC):
         found = {f"weights/{n}": TensorFacts(shape, dtype) for n, shape in self._shapes.items()}
         found |= {f"buffers/{n}": TensorFacts(tuple(b.shape), b.dtype) for n, b in self.module.named_buffers()}
         for name, shape in self._shapes.items():
-            for key in self.moments():
+            for key in self.moment_names():
                 found[f"optimizer/{name}/{key}"] = (
                     TensorFacts((), torch.float32) if key == "step" else TensorFacts(shape, dtype)
                 )
@@ -125,7 +124,7 @@ class Player(ABC):
             yield from ((f"weights/{name}", tensor) for name, tensor in part.items())
         yield from ((f"buffers/{name}", buffer) for name, buffer in self.module.named_buffers())
         for name in self.parameters:
-            for key in self.moments():
+            for key in self.moment_names():
                 yield f"optimizer/{name}/{key}", self.full_moment(name, key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -192,7 +191,6 @@ class TorchPlayer(Player):
     """A player on one process, or with DDP around the network.
 
     Args:
-        wrapped: the module called in the player's own turn: the network, or DDP around it.
         optimizer: optimizer of the module's parameters, in their order, as prepared by accelerate.
     """
 
@@ -200,23 +198,18 @@ class TorchPlayer(Player):
         self,
         name: str,
         module: nn.Module,
-        wrapped: nn.Module,
+        forward_module: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         clip: float,
         layout: str = "",
     ) -> None:
-        super().__init__(name, module, clip=clip, layout=layout)
-        self.wrapped = wrapped
+        super().__init__(name, module, forward_module, clip=clip, layout=layout)
         self.optimizer = optimizer
 
-    @property
-    def callable(self) -> nn.Module:
-        return self.wrapped
-
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        if not last and isinstance(self.wrapped, DistributedDataParallel):
-            return self.wrapped.no_sync()
+        if not last and isinstance(self.forward_module, DistributedDataParallel):
+            return self.forward_module.no_sync()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -250,7 +243,7 @@ class TorchPlayer(Player):
     def weights(self) -> Iterator[dict[str, Tensor]]:
         yield {name: p.detach() for name, p in self.parameters.items()}
 
-    def moments(self) -> tuple[str, ...]:
+    def moment_names(self) -> tuple[str, ...]:
         state = self.optimizer.state.get(next(iter(self.parameters.values())), {})
         return tuple(sorted(key for key, value in state.items() if isinstance(value, Tensor)))
 

@@ -1,9 +1,7 @@
-"""Runtime: rank, device, precision and process groups. Of GANs it knows only that there are two players."""
+"""One process of a training run: its rank, device and precision, its process groups, and the two players."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,47 +17,53 @@ from torch import Tensor, nn
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime.accelerators import make_accelerators
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
-from dist_gan.runtime.buckets import Bucketed, lay_out
-from dist_gan.runtime.fingerprint import Comparison
+from dist_gan.runtime.buckets import BucketedNetwork, lay_out
 from dist_gan.runtime.groups import FIRST_REDUCTION_S, first_reduction, join
-from dist_gan.runtime.heartbeat import Heartbeat, Missing
-from dist_gan.runtime.launched import Launch
+from dist_gan.runtime.heartbeat import Heartbeat
+from dist_gan.runtime.launch_settings import LaunchSettings
 from dist_gan.runtime.launcher import find_launcher
-from dist_gan.runtime.meeting import Meeting, Word, open_meeting
+from dist_gan.runtime.lost_ranks import LostRanks
+from dist_gan.runtime.meeting import EndNotice, Meeting, open_meeting
 from dist_gan.runtime.numerics import set_numerics
 from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
+from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.types import Network, Networks, TrainingFailed, UserError
 from dist_gan.wording import safe
 
-COLLECTIVES_LATER_S = 30
+COLLECTIVE_MARGIN_S = 30
+"""Seconds by which a collective's time limit exceeds the heartbeat's: the heartbeat names the lost rank, and a
+collective that times out does not."""
 
 
 class Runtime:
     """One process of a training run.
 
-    Three process groups: training (gradients and buffers; NCCL on GPUs, gloo on CPUs), control (gloo: flags, small
-    gathers, never in the way of a kernel), writer (gloo: for the checkpoint alone).
+    It has three groups of all ranks, so that no reduction waits for one of another kind.
+
+    - `training_group` reduces tensors on the training device, between the kernels of a step: NCCL on GPUs, gloo on CPUs.
+    - `control_group` serves the training thread's decisions, in tensors on the CPU: gloo.
+    - `writer_group` serves the thread that writes checkpoints: gloo.
 
     Args:
         section: settings of devices, precision and processes.
-        launch: settings from the launcher's environment.
+        launch_settings: settings from the launcher's environment.
         meeting: the launch's store, after all ranks have joined; None to join here.
-        on_lost: called with the missing ranks before this process ends because of them.
-        on_over: called with another rank's verdict that the launch is over, before this process ends.
+        on_lost: called with the lost ranks before this process ends because of them.
+        on_notice: called with another rank's notice that the launch is over, before this process ends.
     """
 
     def __init__(
         self,
         section: RuntimeSection,
-        launch: Launch,
+        launch_settings: LaunchSettings,
         *,
         meeting: Meeting | None = None,
-        on_lost: Callable[[Missing], object] | None = None,
-        on_over: Callable[[Word], object] | None = None,
+        on_lost: Callable[[LostRanks], object] | None = None,
+        on_notice: Callable[[EndNotice], object] | None = None,
     ) -> None:
         self.section = section
-        self.launch = launch
-        self.precision = launch.precision
+        self.launch_settings = launch_settings
+        self.precision = launch_settings.precision
         self._set_threads()
         set_numerics(section)
         on_cpu = section.device == "cpu" or not torch.cuda.is_available()
@@ -69,18 +73,18 @@ class Runtime:
         """The launch's store, over the connection of the heartbeats; None for a lone process."""
         self._heartbeat: Heartbeat | None = None
         if meeting is not None:
-            self.meeting = meeting.private()
+            self.meeting = meeting.reconnect()
             # Started before the groups, so that a rank that dies while they are being created is detected, too.
             self._heartbeat = Heartbeat(
                 self.meeting,
                 patience_s=section.start_timeout_s,
                 launcher=find_launcher(os.environ),
-                on_missing=on_lost or (lambda missing: print(safe(f"dist_gan: {missing.reason}"), flush=True)),
-                on_over=on_over or (lambda word: None),
+                on_lost=on_lost or (lambda lost: print(safe(f"dist_gan: {lost.reason}"), flush=True)),
+                on_notice=on_notice or (lambda notice: None),
             )
             join(meeting, on_cpu=on_cpu, timeout=timeout)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        self._accelerators = make_accelerators(section, launch, on_cpu=on_cpu, timeout=timeout)
+        self._accelerators = make_accelerators(section, launch_settings, on_cpu=on_cpu, timeout=timeout)
         accelerator = self._accelerators["generator"]
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
@@ -88,22 +92,29 @@ class Runtime:
         if self.world_size != launched:
             raise TrainingFailed(f"{launched} processes were launched, and {self.world_size} found each other")
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        self._control = self._writer = None
+        training = control = writer = None
+        if self.world_size > 1:
+            training = dist.group.WORLD
+            control = dist.new_group(backend="gloo", timeout=timeout)
+            writer = dist.new_group(backend="gloo", timeout=timeout)
+        self.training_group = RankGroup(training, rank=self.rank, world_size=self.world_size)
+        self.control_group = RankGroup(
+            control, rank=self.rank, world_size=self.world_size, heartbeat=self._heartbeat
+        )  # fmt: skip
+        self.writer_group = RankGroup(writer, rank=self.rank, world_size=self.world_size)
         self._engine_groups: list[dist.ProcessGroup] = []
         if self.world_size > 1:
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
-            self._writer = dist.new_group(backend="gloo", timeout=timeout)
             self._reduce_once()
 
     def _reduce_once(self) -> None:
         cpu = torch.device("cpu")
-        places = {
-            "the processes" if self.device.type == "cpu" else "the GPUs": (dist.group.WORLD, self.device),
-            "the control group": (self._control, cpu),
-            "the checkpoints' group": (self._writer, cpu),
+        groups = {
+            "the processes" if self.device.type == "cpu" else "the GPUs": (self.training_group, self.device),
+            "the control group": (self.control_group, cpu),
+            "the checkpoints' group": (self.writer_group, cpu),
         }
         limit = min(FIRST_REDUCTION_S, self.section.start_timeout_s / 2)  # shorter than the heartbeat's time limit
-        first_reduction(places, world_size=self.world_size, timeout_s=limit)
+        first_reduction(groups, world_size=self.world_size, timeout_s=limit)
 
     @property
     def is_main(self) -> bool:
@@ -111,7 +122,10 @@ class Runtime:
         return self.rank == 0
 
     def _set_threads(self) -> None:
-        """Cores over the processes of this machine: launchers set one thread where nobody says otherwise."""
+        """Sets torch's threads: by default, this machine's cores divided by its processes.
+
+        Launchers ask for one thread where the user has not set a number.
+        """
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = self.section.threads or max(1, cores // local)
@@ -126,19 +140,19 @@ class Runtime:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "precision": self.precision + ("+tf32" if self.section.tf32 else ""),
             "threads": torch.get_num_threads(),
-            "strategy": self.launch.strategy + ("+offload" if self.launch.offload else ""),
+            "strategy": self.launch_settings.strategy + ("+offload" if self.launch_settings.offload else ""),
         }
 
     @property
-    def in_words(self) -> str:
-        """Number of processes, device, strategy and precision, for the line that a start begins with."""
+    def summary(self) -> str:
+        """Number of processes, device, strategy and precision, in words, for the first line of a start."""
         facts = self.describe()
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         return f"{processes} on {facts['device']}, {facts['strategy']}, {facts['precision']}"
 
     @staticmethod
     def packages() -> dict[str, str]:
-        """Versions of what wraps the players."""
+        """Versions of the packages that wrap the players, by name."""
         return {"accelerate": accelerate.__version__}
 
     def seed(self, value: int) -> None:
@@ -168,23 +182,23 @@ class Runtime:
             module = synchronise_batchnorm(module)
         optimizer = build_optimizer(list(module.parameters()), section)
         accelerator = self._accelerators[name]
-        if self.launch.zero_stage is None:
+        if self.launch_settings.zero_stage is None:
             if self.world_size == 1:
                 wrapped, prepared = accelerator.prepare(module, optimizer)
                 return TorchPlayer(name, module, wrapped, prepared, clip=section.clip)
             with warnings.catch_warnings():
                 # torch 2.13 renames broadcast_buffers; accelerate knows the old name only, and torch 2.11 too.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-                wrapped, prepared = accelerator.prepare(Bucketed(module), optimizer)
+                wrapped, prepared = accelerator.prepare(BucketedNetwork(module), optimizer)
             layout = lay_out(wrapped)
             return TorchPlayer(name, module, wrapped, prepared, clip=section.clip, layout=layout)
         from dist_gan.runtime.zero import engine_player, engine_settings
 
-        stage = self.launch.zero_stage
+        stage = self.launch_settings.zero_stage
         settings = engine_settings(
-            self.launch.zero_options,
+            self.launch_settings.zero_options,
             stage=stage,
-            offload=self.launch.offload,
+            offload=self.launch_settings.offload,
             clip=section.clip,
             elements=sum(p.numel() for p in module.parameters()),
         )
@@ -208,9 +222,9 @@ class Runtime:
         resting.rest()
         with active.accumulate(last=last_micro), self._autocast():
             if active.name == "generator":
-                yield active.callable, resting.module
+                yield active.forward_module, resting.module
             else:
-                yield resting.module, active.callable
+                yield resting.module, active.forward_module
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "bf16":
@@ -224,9 +238,7 @@ class Runtime:
             return
         buffers = [b for player in players for b in player.module.buffers() if b.is_floating_point()]
         if buffers:
-            flat = torch.cat([b.reshape(-1) for b in buffers])
-            dist.all_reduce(flat)
-            flat.div_(self.world_size)
+            flat = self.training_group.mean(torch.cat([b.reshape(-1) for b in buffers]))
             pieces = flat.split([b.numel() for b in buffers])
             torch._foreach_copy_(buffers, [p.view_as(b) for p, b in zip(pieces, buffers, strict=True)])
 
@@ -238,117 +250,6 @@ class Runtime:
             raise UserError(f"run.batch: {batch} images do not divide over {self.world_size} processes")
         return torch.arange(self.rank, batch, self.world_size)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks in slot order; every rank gives equally many."""
-        if self.world_size == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)
-
-    # -- small agreements -----------------------------------------------------------------------------------------
-
-    def reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean over the ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-            values.div_(self.world_size)
-        return values
-
-    def reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, in place, of a tensor on the CPU."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self._control)
-        return values
-
-    def any_rank(self, flag: bool) -> bool:
-        """True on every rank if `flag` is set on any. Collective."""
-        self.mark("a vote of all ranks")
-        if self.world_size == 1:
-            return flag
-        vote = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(vote.item())
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        self.any_rank(False)
-
-    def share_json(self, value: Any, *, writer: bool = False) -> Any:
-        """Rank 0's JSON value on every rank; `writer` as in `gather_json`. Nothing is pickled."""
-        if self.world_size == 1:
-            return value
-        if not writer:
-            self.mark("word from rank 0")
-        data = json.dumps(value).encode() if self.is_main else b""
-        return json.loads(self._from_rank_zero(data, self._writer if writer else self._control))
-
-    def gather_json(self, value: Any, *, writer: bool = False) -> list[Any]:
-        """The JSON values of all ranks, in rank order, on every rank. Nothing is pickled.
-
-        Args:
-            value: what JSON can hold.
-            writer: over the group of the checkpoint's threads, instead of the training threads'.
-        """
-        if self.world_size == 1:
-            return [value]
-        if not writer:
-            self.mark("an agreement of all ranks")
-        group = self._writer if writer else self._control
-        data = json.dumps(value).encode()
-        longest = torch.tensor(len(data))
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
-        # JSON may end in spaces. To rank 0 and from there down a tree: all to all would be as many rounds as ranks.
-        mine = _as_bytes(data.ljust(int(longest)))
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.is_main else None
-        dist.gather(mine, parts, dst=0, group=group)
-        joined = b"[" + b",".join(bytes(part.numpy()) for part in parts) + b"]" if parts is not None else b""
-        return list(json.loads(self._from_rank_zero(joined, group)))
-
-    def _from_rank_zero(self, data: bytes, group: dist.ProcessGroup | None) -> bytes:
-        """Broadcasts the bytes of rank 0 to every rank."""
-        length = torch.tensor(len(data))
-        dist.broadcast(length, src=0, group=group)
-        held = _as_bytes(data) if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(held, src=0, group=group)
-        return bytes(held.numpy())
-
-    def agree(self, problem: str | None) -> None:
-        """Raises on every rank if any rank has a problem, with the sentence of the lowest such rank. Collective."""
-        problems = self.gather_json(problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                raise TrainingFailed(*(text if self.world_size == 1 else f"rank {rank}: {text}").split("\n"))
-
-    def comparison(self) -> Comparison:
-        """A new comparison of replicas, to add tensors to."""
-        return Comparison(enabled=self.world_size > 1)
-
-    def compare(self, comparison: Comparison, *, writer: bool = True) -> None:
-        """Compares what all ranks have added.
-
-        Raises:
-            TrainingFailed: some tensor is not the same on every rank; names the first one, and the ranks.
-        """
-        if self.world_size == 1:
-            return
-        mine = comparison.result()
-        total = hashlib.sha256(json.dumps(sorted(mine.items())).encode()).hexdigest()
-        if len(set(self.gather_json(total, writer=writer))) == 1:
-            return
-        everywhere = self.gather_json(mine, writer=writer)
-        for name in mine:
-            values = [theirs.get(name) for theirs in everywhere]
-            if len(set(values)) > 1:
-                common = max(values, key=values.count)  # of equally many, what rank 0 has
-                odd = [r for r, v in enumerate(values) if v != common]
-                raise TrainingFailed(
-                    f"the replicas differ: tensor {name} on rank {', '.join(map(str, odd))} is not that of the other "
-                    f"ranks; suspect a faulty device, or a network that draws random numbers of its own; start again "
-                    f"from the last checkpoint, without that machine"
-                )
-        raise TrainingFailed("the replicas differ in the names of their tensors")
-
     def now_on_device(self) -> torch.cuda.Event | None:
         """A moment of the device's stream that can be waited for; None where there is nothing to wait for."""
         if self.device.type != "cuda":
@@ -359,22 +260,32 @@ class Runtime:
 
     # -- time -----------------------------------------------------------------------------------------------------
 
-    def mark(self, place: str) -> None:
-        """Publishes a landmark in the background; every rank passes the same landmarks in the same order."""
-        if self._heartbeat is not None:
-            self._heartbeat.mark(place)
+    def mark(self, landmark: str) -> None:
+        """Notes that this rank begins `landmark`, such as a player's turn; the heartbeat publishes it.
 
-    def lost(self) -> Missing:
-        """Dead and hanging ranks, after a collective has failed."""
-        return self._heartbeat.missing() if self._heartbeat is not None else Missing(None)
+        Every rank passes the same landmarks in the same order, so that a rank that hangs is one that is behind.
+        """
+        if self._heartbeat is not None:
+            self._heartbeat.mark(landmark)
+
+    @property
+    def landmark(self) -> str:
+        """Name of the landmark that this rank passed last; empty for a lone process."""
+        return self._heartbeat.landmark if self._heartbeat is not None else ""
+
+    def find_lost_ranks(self) -> LostRanks:
+        """Looks for dead and hanging ranks, after a collective has failed. Takes a few seconds."""
+        return self._heartbeat.find_lost_ranks() if self._heartbeat is not None else LostRanks(None)
 
     def shorten_timeout(self) -> None:
-        """After the first step a rank that is missing has failed: waits become short."""
+        """Limits all waits for other ranks to `runtime.step_timeout_s`, once the first step is done.
+
+        Until then, ranks may be minutes apart: in reading the data set, or in compiling kernels.
+        """
         if self._heartbeat is not None:
             self._heartbeat.patience_s = self.section.step_timeout_s
-            # The collectives' own end comes later, so that the one with the name of the culprit is heard.
-            groups = (dist.group.WORLD, self._control, *self._engine_groups)
-            self._set_timeout(self.section.step_timeout_s + COLLECTIVES_LATER_S, groups)
+            groups = (self.training_group.process_group, self.control_group.process_group, *self._engine_groups)
+            self._set_timeout(self.section.step_timeout_s + COLLECTIVE_MARGIN_S, groups)
 
     @staticmethod
     def _set_timeout(seconds: float, groups: Iterable[dist.ProcessGroup | None]) -> None:
@@ -389,11 +300,6 @@ class Runtime:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @property
-    def place(self) -> str:
-        """Name of the landmark that this rank passed last; empty for a lone process."""
-        return self._heartbeat.place if self._heartbeat is not None else ""
-
     def close(self) -> None:
         """Destroys the process groups, on all ranks together: NCCL waits for every rank.
 
@@ -403,7 +309,3 @@ class Runtime:
             self._heartbeat.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _as_bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A request to stop, by signal: noticed at once, obeyed at the end of a step."""
+"""Requests to stop training, by signal: received at any time, followed at the end of a step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2")
-LEFT_AT_ONCE = 130
+SECOND_SIGNAL_CODE = 130
 """Exit code after a second signal."""
 RELAYED_WITHIN_S = 5.0
-"""A signal so soon after the first is the same request: Slurm tells every process, and launchers pass it on again."""
+"""Seconds after the first signal for which further ones count as the same request: Slurm signals every process, and
+launchers pass the signal on to their processes a second time."""
 
 
-class Stopped(BaseException):
+class StoppedBeforeTraining(BaseException):
     """Request to stop that arrived before training began; not an error, hence not an `Exception`."""
 
 
 class StopRequest:
     """Stop requests to this process, by signal.
 
-    Before training begins, the first signal raises `Stopped`: there is nothing to save. During training, the first
+    Before training begins, the first signal raises `StoppedBeforeTraining`: there is nothing to save. During training, the first
     signal only sets a flag; a later second one ends the process at once, without saving: the last committed checkpoint
     is intact whatever was being written. Loader threads never receive signals. An ignored HUP, as under nohup, stays
     ignored.
@@ -37,14 +38,14 @@ class StopRequest:
     def __init__(self, names: tuple[str, ...] = SIGNALS, *, on_second: Callable[[str], object] | None = None) -> None:
         self.signal: str | None = None
         self._at = 0.0
-        self._deferred = False
+        self._is_deferred = False
         self._on_second = on_second
         self._before: dict[int, Any] = {}
         for name in names:
             number = signal.Signals[f"SIG{name}"]
             if name == "HUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue
-            self._before[number] = signal.signal(number, self._notice)
+            self._before[number] = signal.signal(number, self._receive)
 
     @property
     def requested(self) -> bool:
@@ -52,41 +53,41 @@ class StopRequest:
         return self.signal is not None
 
     @contextmanager
-    def put_off(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Context that defers stop signals to its end, so that they do not interrupt a half-done operation."""
-        self._deferred, before = True, self._deferred
+        self._is_deferred, before = True, self._is_deferred
         try:
             yield
         finally:
-            self._deferred = before
+            self._is_deferred = before
         if self.signal is not None and not before:
-            raise Stopped(self.signal)
+            raise StoppedBeforeTraining(self.signal)
 
     def training_begins(self) -> None:
-        """Switches to training: from now on a stop request takes effect at the end of a step."""
-        self._deferred = True
+        """Defers stop requests to the end of a step from now on; raises if one has arrived already."""
+        self._is_deferred = True
         if self.signal is not None:
-            raise Stopped(self.signal)
+            raise StoppedBeforeTraining(self.signal)
 
-    def ask(self, name: str) -> None:
-        """Requests a stop without a signal; `name` is its name in `outcome.json`."""
+    def request(self, name: str) -> None:
+        """Requests a stop without a signal; `name` stands for the signal's name in `outcome.json`."""
         if self.signal is None:
             self.signal, self._at = name, time.monotonic()
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
         if self.signal is None:
             self.signal, self._at = name, now
-            if not self._deferred:
-                raise Stopped(name)
+            if not self._is_deferred:
+                raise StoppedBeforeTraining(name)
         elif now - self._at > RELAYED_WITHIN_S:
             try:
                 if self._on_second is not None:
                     self._on_second(name)
             finally:
-                os._exit(LEFT_AT_ONCE)
+                os._exit(SECOND_SIGNAL_CODE)
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers that were in place before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

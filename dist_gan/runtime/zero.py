@@ -113,14 +113,10 @@ class PartitionedPlayer(Player):
     """Stages 1 to 3: each rank owns a part of the moments (1), of the gradients (2), of the weights (3)."""
 
     def __init__(self, name: str, engine: Any, *, stage: int, clip: float, layout: str) -> None:
-        super().__init__(name, engine.module, clip=clip, layout=layout)
+        super().__init__(name, engine.module, engine.module, clip=clip, layout=layout)
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = stage
-
-    @property
-    def callable(self) -> nn.Module:
-        return self.module
 
     def rest(self) -> None:
         super().rest()
@@ -227,7 +223,7 @@ class PartitionedPlayer(Player):
             self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
         )
 
-    def moments(self) -> tuple[str, ...]:
+    def moment_names(self) -> tuple[str, ...]:
         state = self._zero.optimizer.state.get(self._flat[0], {})
         return tuple(sorted(key for key, value in state.items() if isinstance(value, Tensor)))
 

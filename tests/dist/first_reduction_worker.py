@@ -10,7 +10,7 @@ import signal
 import sys
 
 from dist_gan.config import RuntimeSection
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.types import TrainingFailed
 
 
@@ -24,7 +24,7 @@ class Mute(Runtime):
 def main() -> None:
     mute = sys.argv[1:] == [os.environ["RANK"]]
     try:
-        (Mute if mute else Runtime)(RuntimeSection(threads=1, start_timeout_s=10), Launch("ddp"))
+        (Mute if mute else Runtime)(RuntimeSection(threads=1, start_timeout_s=10), LaunchSettings("ddp"))
     except TrainingFailed as error:
         print(error, flush=True)
         os._exit(3)

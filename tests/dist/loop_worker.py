@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dist_gan.data import PointStream
-from dist_gan.runtime import Launch, Runtime, StopRequest
+from dist_gan.runtime import LaunchSettings, Runtime, StopRequest
 from dist_gan.trainer import build, fit
 from dist_gan.types import Batch
 from tests.games import points_config
@@ -22,7 +22,7 @@ ASKED_AT_DRAW = 11
 
 def main(folder: Path, overrides: list[str]) -> None:
     config = points_config(f"run.dir={folder}", *overrides)
-    runtime = Runtime(config.runtime, Launch("ddp", precision="fp64"))
+    runtime = Runtime(config.runtime, LaunchSettings("ddp", precision="fp64"))
     stop, honest_next = StopRequest(names=("USR1",)), PointStream.next
 
     def asking(stream: PointStream) -> Batch:

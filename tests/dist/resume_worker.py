@@ -24,7 +24,7 @@ from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
-from dist_gan.runtime import Runtime, read_launch
+from dist_gan.runtime import Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -74,7 +74,7 @@ def main(shards: str, out: Path) -> None:
         one_case(shards, world_size=world_size, precision="fp32", batch=24, **{"loss": "nonsaturating"} | case)
         for case in CASES
     ]
-    runtime = Runtime(configs[0].runtime, read_launch(configs[0], os.environ, gpus=0))
+    runtime = Runtime(configs[0].runtime, read_launch_settings(configs[0], os.environ, gpus=0))
     whole = []
     for config in configs:
         runtime.section = config.runtime
@@ -106,7 +106,7 @@ def main(shards: str, out: Path) -> None:
         if second.stream.next().keys != keys:
             wrong.append(f"stop {stop}: keys")
         second.stream.close()
-    everywhere = runtime.gather_json(wrong)
+    everywhere = runtime.control_group.gather_json(wrong)
     if runtime.is_main:
         (out / "wrong.json").write_text(json.dumps(everywhere))
     runtime.close()

@@ -15,7 +15,7 @@ from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import Fingerprints, LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -36,14 +36,14 @@ class Poisoned(ImageStream):
 
 
 def compare(runtime: Runtime, tensors: dict[str, torch.Tensor]) -> None:
-    comparison = runtime.comparison()
+    fingerprints = Fingerprints(enabled=runtime.world_size > 1)
     for name, tensor in tensors.items():
-        comparison.add(name, tensor)
-    runtime.compare(comparison)
+        fingerprints.add(name, tensor)
+    runtime.writer_group.compare_replicas(fingerprints)
 
 
 def main(shards: str, out: Path) -> None:
-    runtime = Runtime(RuntimeSection(threads=1), Launch("ddp"))
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings("ddp"))
     report: dict = {"rank": runtime.rank}
     draws = Draws(0)
     section = DCGANNetworks(resolution=16, latent_dim=8, g_width=4, d_width=4)
@@ -78,10 +78,10 @@ def main(shards: str, out: Path) -> None:
     report["batch_norm_buffers"] = sum("running_var" in n for n in everything)
 
     rows = slots.double().unsqueeze(1) * 10
-    report["gathered"] = runtime.gather(rows).squeeze(1).tolist()
-    report["json"] = runtime.gather_json({"rank": runtime.rank, "text": "x" * (1 + 50 * runtime.rank)})
-    report["shared"] = runtime.share_json(["from", runtime.rank])
-    report["any"] = [runtime.any_rank(runtime.rank == 1), runtime.any_rank(False)]
+    report["gathered"] = runtime.training_group.gather_rows(rows).squeeze(1).tolist()
+    report["json"] = runtime.control_group.gather_json({"rank": runtime.rank, "text": "x" * (1 + 50 * runtime.rank)})
+    report["shared"] = runtime.control_group.share_json(["from", runtime.rank])
+    report["any"] = [runtime.control_group.any_rank(runtime.rank == 1), runtime.control_group.any_rank(False)]
     if runtime.rank == 1:
         everything["discriminator/weights/head.linear.weight"][0, 3] += 1e-6
     try:
@@ -90,7 +90,7 @@ def main(shards: str, out: Path) -> None:
     except TrainingFailed as error:
         report["corrupted"] = str(error)
     try:
-        runtime.agree("no disk left" if runtime.rank == 1 else None)
+        runtime.control_group.agree("no disk left" if runtime.rank == 1 else None)
     except TrainingFailed as error:
         report["agreed"] = str(error)
     stream.close()

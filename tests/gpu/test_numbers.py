@@ -16,7 +16,7 @@ from dist_gan.config import RuntimeSection, ShardsData
 from dist_gan.data import ImageStream, Source
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.runtime.fingerprint import fingerprint
 from dist_gan.types import byte_range
 from tests.conftest import ROOT
@@ -75,7 +75,7 @@ def test_the_stream_puts_the_same_bytes_onto_the_device_while_the_device_is_busy
 
 
 def test_fp32_is_not_tf32() -> None:
-    runtime = Runtime(RuntimeSection(device="cuda"), Launch("single", "fp32"))
+    runtime = Runtime(RuntimeSection(device="cuda"), LaunchSettings("single", "fp32"))
     try:
         torch.manual_seed(0)
         a, b = torch.randn(512, 512), torch.randn(512, 512)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from benchmarks.parity_cases import strategy_cases
 from benchmarks.parity_worker import slug, tensors_of, train_case
 from dist_gan.checkpoint import tensorfile
-from dist_gan.runtime import Runtime, read_launch
+from dist_gan.runtime import Runtime, read_launch_settings
 
 
 def main(shards: str, out: Path, names: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(shards: str, out: Path, names: list[str]) -> None:
     for name in names:
         config = cases[name]
         if runtime is None:
-            runtime = Runtime(config.runtime, read_launch(config, os.environ, gpus=torch.cuda.device_count()))
+            runtime = Runtime(config.runtime, read_launch_settings(config, os.environ, gpus=torch.cuda.device_count()))
         runtime.section = config.runtime
         _, start, state = train_case(config, runtime)
         players = (state.generator, state.discriminator)

@@ -22,7 +22,7 @@ from dist_gan import storage
 from dist_gan.checkpoint import reader as form
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RuntimeSection
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.types import TensorFacts, TrainingFailed, UserError, facts_of
 
 
@@ -61,7 +61,7 @@ class Part:
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    return Runtime(RuntimeSection(threads=1), Launch())
+    return Runtime(RuntimeSection(threads=1), LaunchSettings())
 
 
 def checkpointer(folder: Path | str, runtime: Runtime, **section: Any) -> Checkpointer:

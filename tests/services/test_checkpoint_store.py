@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from dist_gan import storage
 from dist_gan.checkpoint import reader as form
 from dist_gan.config import RuntimeSection
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.types import TrainingFailed
 from tests.conftest import free_port
 from tests.services.test_checkpoint import Part, checkpointer, saved
@@ -54,7 +54,7 @@ def test_a_store_that_is_away_for_a_while_delays_a_save_and_loses_nothing(
     port, servers = store
     serve(port, servers)
     make_bucket(port)
-    runtime = Runtime(RuntimeSection(threads=1), Launch())
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
     found = saved("s3://runs/checkpoints", runtime, 10)
     servers.pop().stop()
 
@@ -81,7 +81,7 @@ def test_a_store_that_stays_away_fails_the_save_within_the_budget_without_a_secr
     store: tuple[int, list[ThreadedMotoServer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "PATIENCE_S", 3.0)
-    runtime = Runtime(RuntimeSection(threads=1), Launch())
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
     found = checkpointer("s3://runs/checkpoints", runtime)
     found._serial = 0
     found.save(20, {"part": Part(20)})

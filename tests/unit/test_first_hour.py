@@ -23,7 +23,7 @@ from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.pictures import write_png
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -52,7 +52,7 @@ def soft_pictures(count: int, *, resolution: int, seed: int = 0) -> np.ndarray:
 
 def first_updates(config: RunConfig, folder: Path, *, updates: int) -> tuple[Scalars, torch.Tensor]:
     """Scalars, means of the last third of `updates`, and 16 pictures of the trained generator itself."""
-    runtime = Runtime(config.runtime, Launch(precision="fp32"))
+    runtime = Runtime(config.runtime, LaunchSettings(precision="fp32"))
     draws = Draws(config.run.seed, dtype=runtime.dtype)
     stream = ImageStream(
         [(Source(str(folder), read_manifest(str(folder))), 1)], section=config.data,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_gan.config import AdamSection, SGDSection
-from dist_gan.runtime import Launch, Player, Runtime
+from dist_gan.runtime import LaunchSettings, Player, Runtime
 from dist_gan.types import Networks
 from tests.games import game, points_config, stateful_networks
 
@@ -27,7 +27,7 @@ class Weights(nn.Module):
 
 
 def player(section: Section) -> Player:
-    runtime = Runtime(points_config().runtime, Launch(precision="fp64"))
+    runtime = Runtime(points_config().runtime, LaunchSettings(precision="fp64"))
     return runtime.players(Networks(Weights(), Weights()), g_optim=section, d_optim=SGDSection())[0]
 
 

@@ -22,9 +22,9 @@ from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import AdamSection, CheckpointSection, RunConfig, RuntimeSection, SGDSection
 from dist_gan.models.spectral import SpectralLinear, begin_spectral
 from dist_gan.resume import _not_bitwise
-from dist_gan.runtime import Launch, Runtime, read_launch
+from dist_gan.runtime import LaunchSettings, Runtime, read_launch_settings
 from dist_gan.runtime.accelerators import make_accelerators
-from dist_gan.runtime.buckets import Bucketed, lay_out
+from dist_gan.runtime.buckets import BucketedNetwork, lay_out
 from dist_gan.runtime.fingerprint import fingerprint
 from dist_gan.runtime.numerics import set_numerics
 from dist_gan.runtime.player import TorchPlayer, build_optimizer
@@ -54,7 +54,7 @@ def torch_as_it_was() -> Iterator[None]:
 @pytest.mark.usefixtures("torch_as_it_was")
 def test_tf32_is_on_where_it_is_asked_for_and_nowhere_else(asked: bool) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not asked
-    runtime = Runtime(RuntimeSection(tf32=asked, threads=1), Launch())
+    runtime = Runtime(RuntimeSection(tf32=asked, threads=1), LaunchSettings())
     assert torch.backends.cudnn.allow_tf32 is asked
     assert torch.backends.cuda.matmul.allow_tf32 is asked
     assert runtime.describe()["precision"] == ("fp32+tf32" if asked else "fp32")
@@ -74,7 +74,7 @@ def test_deterministic_kernels_come_without_the_filling_of_memory(monkeypatch: p
 
 
 def test_a_seeded_runtime_draws_the_numbers_of_torchs_own_seeding() -> None:
-    runtime, network = Runtime(RuntimeSection(threads=1), Launch()), nn.Dropout(0.5)
+    runtime, network = Runtime(RuntimeSection(threads=1), LaunchSettings()), nn.Dropout(0.5)
     masks = []
     for seed in (3, 2**63 - 1, 3):
         runtime.seed(seed)
@@ -109,21 +109,21 @@ def test_a_fingerprint_sends_no_number_to_the_device() -> None:
 
 @pytest.mark.parametrize("section", [AdamSection(), AdamSection(kind="adamw"), SGDSection(momentum=0.9)])
 def test_accelerate_prepares_both_networks_and_both_fused_optimizers(section: Any) -> None:
-    runtime = Runtime(RuntimeSection(threads=1), Launch())
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
     players = runtime.players(Networks(nn.Linear(2, 3), nn.Linear(3, 1)), g_optim=section, d_optim=section)
     accelerator = runtime._accelerators["generator"]
     for player in players:
         assert isinstance(player, TorchPlayer)
         assert isinstance(player.optimizer, AcceleratedOptimizer)
         assert player.optimizer in accelerator._optimizers
-        assert player.wrapped in accelerator._models
+        assert player.forward_module in accelerator._models
         assert all(group["fused"] for group in player.optimizer.param_groups)
         before = player.module.weight.detach().clone()
-        player.backward(player.callable(torch.ones(4, player.module.in_features)).sum())
+        player.backward(player.forward_module(torch.ones(4, player.module.in_features)).sum())
         assert player.update(lr=0.1, beta2=0.9).applied
         assert not torch.equal(player.module.weight, before)
         assert all(p.grad is None for p in player.module.parameters())
-        assert player.moments()
+        assert player.moment_names()
 
 
 def test_moments_come_back_in_the_memory_layout_of_their_parameters() -> None:
@@ -187,7 +187,7 @@ def test_buckets_are_laid_out_once_whatever_the_first_step_is_and_nothing_else_i
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         options: dict[str, Any] = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         plain = DistributedDataParallel(TwoBranches(), **options)
-        wrapped = DistributedDataParallel(Bucketed(network), **options)
+        wrapped = DistributedDataParallel(BucketedNetwork(network), **options)
         generator = torch.get_rng_state()
         layouts.add(lay_out(wrapped))
         assert torch.equal(torch.get_rng_state(), generator)
@@ -215,7 +215,7 @@ def test_buckets_are_laid_out_once_whatever_the_first_step_is_and_nothing_else_i
 def test_gradients_that_cannot_be_compressed_on_a_cpu_are_a_mistake_in_one_sentence() -> None:
     with pytest.raises(UserError, match=r"^runtime.compress: 'bf16' is for gradients on GPUs"):
         make_accelerators(
-            RuntimeSection(compress="bf16"), Launch("ddp"), on_cpu=True, timeout=timedelta(seconds=10)
+            RuntimeSection(compress="bf16"), LaunchSettings("ddp"), on_cpu=True, timeout=timedelta(seconds=10)
         )  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def test_deepspeed_is_told_of_the_cpu_before_it_is_imported(
     (tmp_path / "transformers.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "unset")
-    read_launch(RunConfig(), {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "1"}, gpus=0)
+    read_launch_settings(RunConfig(), {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "1"}, gpus=0)
     assert sys.modules["deepspeed"].DEVICE == "cpu"
 
 
@@ -252,7 +252,7 @@ def test_no_launch_file_overrules_the_gpus_that_the_caller_has_chosen(file: str)
 
 
 def test_a_resume_that_sums_in_another_order_says_so(tmp_path: Path) -> None:
-    runtime = Runtime(RuntimeSection(threads=1), Launch())
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
     checkpointer = Checkpointer(
         str(tmp_path),
         runtime=runtime,

@@ -30,7 +30,7 @@ from dist_gan.draws import Draws
 from dist_gan.models import build_networks
 from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
-from dist_gan.runtime import Launch, Runtime
+from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.step import train_step
@@ -56,7 +56,7 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
         ema=EMASection(half_life=100, warmup=0),
         runtime=RuntimeSection(precision="fp64", micro_batch=8, threads=1),
     )
-    runtime = Runtime(config.runtime, Launch(precision="fp64"))
+    runtime = Runtime(config.runtime, LaunchSettings(precision="fp64"))
     draws = Draws(11, dtype=runtime.dtype)
     stream = ImageStream(
         [(Source(str(folder), read_manifest(str(folder))), 1)], section=config.data, resolution=16, channels=3, classes=3,

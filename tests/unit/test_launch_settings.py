@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_gan.config import RunConfig, RuntimeSection
-from dist_gan.runtime import Launch, read_launch
+from dist_gan.runtime import LaunchSettings, read_launch_settings
 from dist_gan.types import UserError
 
 TWO = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -21,26 +21,26 @@ def recipe(**runtime: object) -> RunConfig:
 
 def refusal(environment: dict[str, str], *, config: RunConfig | None = None, gpus: int = 0) -> str:
     with pytest.raises(UserError) as error:
-        read_launch(config or RunConfig(), environment, gpus=gpus)
+        read_launch_settings(config or RunConfig(), environment, gpus=gpus)
     return str(error.value)
 
 
 def test_the_strategy_is_what_the_launcher_says() -> None:
-    assert read_launch(RunConfig(), {}, gpus=0) == Launch("single", "fp32")
-    assert read_launch(RunConfig(), TWO, gpus=0).strategy == "ddp"
-    assert read_launch(RunConfig(), TWO | {"ACCELERATE_USE_CPU": "True"}, gpus=0).strategy == "ddp"
+    assert read_launch_settings(RunConfig(), {}, gpus=0) == LaunchSettings("single", "fp32")
+    assert read_launch_settings(RunConfig(), TWO, gpus=0).strategy == "ddp"
+    assert read_launch_settings(RunConfig(), TWO | {"ACCELERATE_USE_CPU": "True"}, gpus=0).strategy == "ddp"
     for stage in range(4):
-        launch = read_launch(RunConfig(), ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}, gpus=0)
+        launch = read_launch_settings(RunConfig(), ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}, gpus=0)
         assert (launch.strategy, launch.zero_stage, launch.offload) == (f"zero{stage}", stage, False)
-    launch = read_launch(RunConfig(), ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, gpus=0)
+    launch = read_launch_settings(RunConfig(), ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, gpus=0)
     assert launch.offload
-    assert read_launch(RunConfig(), {}, gpus=0).zero_stage is None
+    assert read_launch_settings(RunConfig(), {}, gpus=0).zero_stage is None
 
 
 def test_the_recipe_takes_the_launch_files_precision_unless_it_has_its_own() -> None:
-    assert read_launch(RunConfig(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, gpus=0).precision == "bf16"
-    assert read_launch(recipe(precision="bf16"), {}, gpus=0).precision == "bf16"
-    assert read_launch(recipe(precision="fp64"), {}, gpus=0).precision == "fp64"
+    assert read_launch_settings(RunConfig(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, gpus=0).precision == "bf16"
+    assert read_launch_settings(recipe(precision="bf16"), {}, gpus=0).precision == "bf16"
+    assert read_launch_settings(recipe(precision="fp64"), {}, gpus=0).precision == "fp64"
     text = refusal({"ACCELERATE_MIXED_PRECISION": "bf16"}, config=recipe(precision="fp32"))
     assert "runtime.precision: 'fp32' contradicts mixed_precision 'bf16' of the launch file" in text
 
@@ -70,22 +70,22 @@ def test_what_a_launch_cannot_have_gets_one_sentence(environment: dict[str, str]
 
 def test_more_processes_than_gpus_are_refused_and_as_many_are_not() -> None:
     assert "2 processes on this machine and 1 GPUs" in refusal(TWO, gpus=1)
-    assert read_launch(RunConfig(), TWO, gpus=2).strategy == "ddp"
-    assert read_launch(recipe(device="cpu"), TWO, gpus=1).strategy == "ddp"
+    assert read_launch_settings(RunConfig(), TWO, gpus=2).strategy == "ddp"
+    assert read_launch_settings(recipe(device="cpu"), TWO, gpus=1).strategy == "ddp"
 
 
 def test_a_gpu_is_missed_only_where_it_was_asked_for() -> None:
     assert "runtime.device: 'cuda', and torch finds no GPU" in refusal({}, config=recipe(device="cuda"))
     for nothing in ("", "NoDevFiles", "-1"):
-        assert read_launch(RunConfig(), {"CUDA_VISIBLE_DEVICES": nothing}, gpus=0).strategy == "single"
-    assert read_launch(recipe(device="cpu"), {"CUDA_VISIBLE_DEVICES": "0"}, gpus=0).strategy == "single"
-    assert read_launch(RunConfig(), {"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, gpus=1).strategy == "single"
+        assert read_launch_settings(RunConfig(), {"CUDA_VISIBLE_DEVICES": nothing}, gpus=0).strategy == "single"
+    assert read_launch_settings(recipe(device="cpu"), {"CUDA_VISIBLE_DEVICES": "0"}, gpus=0).strategy == "single"
+    assert read_launch_settings(RunConfig(), {"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, gpus=1).strategy == "single"
 
 
 def test_zero_refuses_the_precision_of_proofs_and_ddps_hook() -> None:
     assert "runtime.precision: 'fp64' is for proofs" in refusal(ZERO, config=recipe(precision="fp64"))
     assert "runtime.compress: 'bf16' is a hook of DDP" in refusal(ZERO, config=recipe(compress="bf16"))
-    assert read_launch(recipe(compress="bf16"), TWO, gpus=0).strategy == "ddp"
+    assert read_launch_settings(recipe(compress="bf16"), TWO, gpus=0).strategy == "ddp"
 
 
 def test_all_mistakes_of_a_launch_come_in_one_report() -> None:
@@ -106,7 +106,7 @@ def test_a_deepspeed_file_may_say_how_and_not_what(tmp_path: Path) -> None:
         "gradient_clipping": 0.0,
         "bf16": {"enabled": False},
     }
-    launch = read_launch(RunConfig(), deepspeed_file(tmp_path, allowed), gpus=0)
+    launch = read_launch_settings(RunConfig(), deepspeed_file(tmp_path, allowed), gpus=0)
     assert launch.strategy == "zero3"
     assert launch.zero_options == {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}
 

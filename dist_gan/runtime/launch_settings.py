@@ -42,7 +42,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchSettings:
     """Parallel strategy and precision requested by the launcher."""
 
     strategy: str = "single"
@@ -60,7 +60,7 @@ class Launch:
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else None
 
 
-def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int) -> Launch:
+def read_launch_settings(config: RunConfig, environment: Mapping[str, str], *, gpus: int) -> LaunchSettings:
     """The strategy of a launch, once it is known to fit the recipe and this machine.
 
     Args:
@@ -101,7 +101,7 @@ def read_launch(config: RunConfig, environment: Mapping[str, str], *, gpus: int)
     precision, problem = _precision(config, environment)
     mistakes += problem
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        launch = Launch("ddp" if world_size > 1 else "single", precision)
+        launch = LaunchSettings("ddp" if world_size > 1 else "single", precision)
     else:
         if gpus == 0 or config.runtime.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, in the next statement
@@ -135,7 +135,7 @@ def _precision(config: RunConfig, environment: Mapping[str, str]) -> tuple[str, 
     return wanted, []
 
 
-def _deepspeed(config: RunConfig, environment: Mapping[str, str], precision: str) -> tuple[Launch, list[str]]:
+def _deepspeed(config: RunConfig, environment: Mapping[str, str], precision: str) -> tuple[LaunchSettings, list[str]]:
     def given(name: str, default: str = "none") -> str:
         return environment.get(f"ACCELERATE_{name}", default).lower()
 
@@ -177,7 +177,7 @@ def _deepspeed(config: RunConfig, environment: Mapping[str, str], precision: str
         mistakes.append("offload_optimizer_device: stage 0 has nothing to offload; choose zero_stage 1, 2 or 3")
     if precision == "fp64":
         mistakes.append("runtime.precision: 'fp64' is for proofs with one process or DDP; ZeRO works in fp32")
-    return Launch(f"zero{stage}", precision, offload != "none", options), mistakes
+    return LaunchSettings(f"zero{stage}", precision, offload != "none", options), mistakes
 
 
 def _deepspeed_file(path: str | None) -> tuple[dict[str, Any], list[str]]:

@@ -58,7 +58,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch.nn.parallel": ("runtime.*",),
     "torch.distributed": ("runtime.*",),
     "webdataset": ("data.*", "packing.*"),
-    "fsspec": ("storage",),
+    "fsspec": ("storage.client",),
     "s3fs": (),
     "boto3": (),
     "PIL": ("pictures",),

@@ -64,7 +64,7 @@ class PieceReader:
         self, sources: Sequence[Source], *, memory: int, patience_s: float | None, cache: DiskCache | None
     ) -> None:
         self._sources, self._memory, self._cache = sources, memory, cache
-        self._patience = storage.Patience(storage.PATIENCE_S if patience_s is None else patience_s, met=True)
+        self._patience = storage.Patience(patience_s, met=True)
         self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
         """Least recently wanted first."""
         self._arrived: dict[Piece, Fetched] = {}

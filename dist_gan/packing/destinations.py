@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from dist_gan import storage
 from dist_gan.packing import fetching
 from dist_gan.packing.image_source import ImageSource
-from dist_gan.storage.folder import StoreFolder, is_inside
+from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 
 OWNER = ".pack-owner"
@@ -76,7 +76,7 @@ def open_destination(dest: str, source: ImageSource) -> Destination:
         raise UserError(f"destination {dest}: an HTTP server takes no files; give a local folder or a bucket")
     folder = storage.local_path(dest)
     if folder is None:
-        inside = is_inside(dest, source.place)
+        inside = storage.is_inside(dest, source.place)
     else:
         above = Path(source.place)
         inside = above.is_dir() and folder.resolve().is_relative_to(above.resolve())

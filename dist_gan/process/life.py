@@ -143,7 +143,7 @@ def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: in
 def code_hash() -> str:
     """A short hash of the package's own files."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

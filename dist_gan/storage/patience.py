@@ -11,6 +11,8 @@ from threading import Event, Lock
 from dist_gan.storage.errors import Silent, is_transient, is_unconnected, is_unresolved, reason
 from dist_gan.wording import safe
 
+PATIENCE_S = 120.0
+"""Default time limit, in seconds, for a store that does not answer; below the timeout of every collective."""
 _SAID_AGAIN_S = 60.0
 """Shortest interval, in seconds, between messages about a store that fails repeatedly."""
 
@@ -21,13 +23,13 @@ class Patience:
     Waiting is announced on stderr with its reason, once for all operations that share one `Patience`.
 
     Args:
-        seconds: time limit of one operation, counted from its first failure.
+        seconds: time limit of one operation, counted from its first failure; `PATIENCE_S` by default.
         met: True if the store has answered before. An unresolved host name is then retried; otherwise the name is
             taken to be wrong, and the operation fails at once.
     """
 
-    def __init__(self, seconds: float, *, met: bool = False) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None = None, *, met: bool = False) -> None:
+        self.seconds = PATIENCE_S if seconds is None else seconds
         self.met = met
         self.retries = 0
         self._over = Event()

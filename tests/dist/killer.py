@@ -65,7 +65,7 @@ def install() -> None:
     elif POINT == "first-save":
         before(Checkpointer, "save", lambda *a, **k: True)
     elif POINT == "mid-file":
-        honest = storage._publish_local
+        honest = storage.local.publish
 
         def half(path: Path, data: bytes | memoryview) -> None:
             if path.name.endswith(".safetensors") and serial(str(path)) == SECOND:
@@ -75,7 +75,7 @@ def install() -> None:
                     die()
             honest(path, data)
 
-        storage._publish_local = half
+        storage.local.publish = half
     elif POINT == "after-files":
         before(storage, "publish", publishing("manifest.json"))
     elif POINT == "before-commit":

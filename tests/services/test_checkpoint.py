@@ -231,20 +231,20 @@ def test_a_full_disk_fails_the_save_at_the_next_boundary_and_leaves_nothing_that
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     found = saved(tmp_path, runtime, 10)
-    honest = storage._publish_local
+    honest = storage.local.publish
 
     def full(path: Path, data: bytes | memoryview) -> None:
         if path.name.endswith(which):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         honest(path, data)
 
-    monkeypatch.setattr(storage, "_publish_local", full)
+    monkeypatch.setattr(storage.local, "publish", full)
     found.save(20, {"part": Part(2)})
     with pytest.raises(TrainingFailed, match=r"the disk is full"):
         found.drain()
     assert found.finished()[-1].images == 10
     assert str(found.newest().url).endswith("000000000010")
-    monkeypatch.setattr(storage, "_publish_local", honest)
+    monkeypatch.setattr(storage.local, "publish", honest)
     found.save(30, {"part": Part(3)})
     found.drain()
     assert str(found.newest().url).endswith("000000000030")
@@ -303,12 +303,12 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = saved(tmp_path, runtime, 10, 20, keep=2)
-    honest = storage._publish_local
+    honest = storage.local.publish
 
     def rotten(path: Path, data: bytes | memoryview) -> None:
         honest(path, bytes(data)[:-1] + b"?" if path.name.endswith("safetensors") else data)
 
-    monkeypatch.setattr(storage, "_publish_local", rotten)
+    monkeypatch.setattr(storage.local, "publish", rotten)
     found.save(30, {"part": Part(3)})
     found.drain()
     assert [int(n[-12:]) for _, n in form.listed(str(tmp_path))] == [10, 20, 30]

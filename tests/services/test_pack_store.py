@@ -32,7 +32,7 @@ from dist_gan.packing.pack import pack
 from dist_gan.packing.sources import open_source
 from dist_gan.packing.store_source import HEAD_BYTES
 from dist_gan.pictures import encode_png
-from dist_gan.storage.folder import PART_BYTES
+from dist_gan.storage.writing import PART_BYTES
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment, free_port
 
@@ -429,7 +429,7 @@ def test_without_credentials_nothing_is_waited_for(bucket: Bucket, monkeypatch: 
     began = time.monotonic()
     with pytest.raises(UserError, match=r"cannot list s3://data/photos: the store refuses access; check the credent"):
         open_source("s3://data/photos")
-    assert time.monotonic() - began < storage.PATIENCE_S / 4
+    assert time.monotonic() - began < storage.patience.PATIENCE_S / 4
 
 
 def test_a_store_that_goes_away_ends_the_pack_in_one_sentence_and_it_goes_on_later(
@@ -437,7 +437,7 @@ def test_a_store_that_goes_away_ends_the_pack_in_one_sentence_and_it_goes_on_lat
 ) -> None:
     files = images(400)
     bucket.put({f"photos/{name}": data for name, data in files.items()})
-    monkeypatch.setattr(storage, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 2.0)
     options = {"resolution": 16, "channels": 3, "samples_per_shard": 20}
     source = open_source("s3://data/photos")
 

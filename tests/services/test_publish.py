@@ -144,7 +144,7 @@ def test_waits_grow_from_half_a_second_to_ten_and_end_with_the_patience(
 ) -> None:
     """Wait number n lasts by chance from half of to all of min(10, 2**n / 2) seconds."""
     store.objects["b/a"] = b"123"
-    monkeypatch.setattr(storage, "PATIENCE_S", float(seconds))
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", float(seconds))
 
     def silent(path: str, start: int, end: int, data: bytes) -> bytes:
         raise ConnectionResetError("SECRET")
@@ -168,7 +168,7 @@ def test_a_store_that_answers_a_little_now_and_then_is_asked_for_as_long_as_it_t
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Patience is with silence: every byte that arrives renews it, and the waits begin anew."""
-    monkeypatch.setattr(storage, "_PART", 10)
+    monkeypatch.setattr(storage.reading, "PART_BYTES", 10)
     store.objects["b/a"] = bytes(range(200))
     turn = [0]
 
@@ -188,7 +188,7 @@ def test_a_store_that_answers_a_little_now_and_then_is_asked_for_as_long_as_it_t
 
 
 def test_a_read_that_broke_off_asks_only_for_what_is_missing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART", 40)
+    monkeypatch.setattr(storage.reading, "PART_BYTES", 40)
     store.objects["b/a"] = bytes(range(100))
     cuts = [17, 0, 40]
 
@@ -282,7 +282,7 @@ def test_a_file_on_a_disk_is_safe_before_it_has_its_name_and_its_name_is_safe_at
 ) -> None:
     """What a power cut leaves is what was synced: the bytes, then the rename, then the folder."""
     if large:
-        monkeypatch.setattr(storage, "_WRITTEN_AT_ONCE", 1000)
+        monkeypatch.setattr(storage.local, "_WRITTEN_AT_ONCE", 1000)
     steps: list[tuple[str, object]] = []
     fsync, replace = os.fsync, os.replace
 

@@ -84,7 +84,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 60.0)
     fsspec.filesystem("s3").clear_instance_cache()
     yield
     fsspec.filesystem("s3").clear_instance_cache()
@@ -207,7 +207,7 @@ def test_settings_that_lead_to_no_store_are_a_users_mistake_everywhere(
 
 def test_a_name_that_was_known_before_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://no-such-host.invalid")
-    monkeypatch.setattr(storage, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 2.0)
     with pytest.raises(TrainingFailed, match="has not answered for 2 s .the name of .* cannot be resolved"):
         read_piece(URL)
 
@@ -233,7 +233,7 @@ def test_a_web_server_that_refuses_or_is_away_has_not_merely_no_such_file(
     assert not storage.exists(f"{url}/x")
     with pytest.raises(UserError, match=r"no manifest.json there"):
         read_manifest(url)
-    monkeypatch.setattr(storage, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 1.0)
     for name in ("read", "size", "exists", "manifest"):
         with pytest.raises(TrainingFailed, match="has not answered for 1 s"):
             READS[name](f"http://127.0.0.1:{free_port()}/set")
@@ -248,7 +248,7 @@ def test_who_waits_for_a_closed_port_says_so_at_once_and_once(
 ) -> None:
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(storage, "PATIENCE_S", 1.4)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 1.4)
     call = {**READS, **WRITES}[name]
     ended: list[Exception] = []
 
@@ -278,7 +278,7 @@ def test_threads_and_later_files_of_one_folder_say_it_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(storage, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 1.5)
     folder = StoreFolder(URL)
     failed = 0
     for _, get in ahead(
@@ -297,7 +297,7 @@ def test_a_command_waits_aloud_and_ends_in_one_sentence(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(storage, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(storage.patience, "PATIENCE_S", 1.5)
     assert cli.main([command, URL]) == 3
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2, said

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from dist_gan import storage
-from dist_gan.storage.folder import StoreFolder, is_inside
+from dist_gan.storage import is_inside
+from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 from tests.conftest import environment
 
@@ -376,8 +377,8 @@ def store() -> Iterator[StoreFolder]:
 
 
 def put(folder: StoreFolder, name: str, data: bytes) -> None:
-    filesystem = folder._filesystem
-    filesystem.pipe_file(f"{folder._path}/{name}", data)
+    filesystem, path = storage.connect(storage.join(folder.url, name))
+    filesystem.pipe_file(path, data)
 
 
 def test_a_folder_in_a_store_lists_its_files_at_any_depth_and_what_lies_directly_in_it(
@@ -419,13 +420,14 @@ def test_an_upload_is_whole_or_an_error_and_gone(
     store.remove("a.tar")
     store.remove("a.tar")
     assert store.names() == {}
-    put_file = type(store._filesystem).put_file
+    client = type(storage.connect(store.url)[0])
+    put_file = client.put_file
 
     def cut(self: object, local: str, *arguments: object, **options: object) -> None:
         os.truncate(local, 400)
         put_file(self, local, *arguments, **options)
 
-    monkeypatch.setattr(type(store._filesystem), "put_file", cut)
+    monkeypatch.setattr(client, "put_file", cut)
     with pytest.raises(TrainingFailed, match=r"cannot write memory://.*/b.tar: 400 of 1000 bytes arrived"):
         store.upload(tmp_path / "file", "b.tar")
     assert store.names() == {}

@@ -1,0 +1,105 @@
+"""Writing and removal of files by URL, on disks and in stores."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from pathlib import Path
+
+from dist_gan.storage import local
+from dist_gan.storage.client import asked, connect
+from dist_gan.storage.errors import failure
+from dist_gan.storage.patience import Patience
+from dist_gan.types import TrainingFailed, UserError
+from dist_gan.urls import check_url, local_path
+from dist_gan.wording import redact, scheme_of
+
+PART_BYTES = 2**24
+"""Bytes of one part of a large upload."""
+_UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": 2}}
+"""Options of the clients; s3fs would hold up to ten parts of 50 MiB of a file that it uploads."""
+
+
+def make_folder(url: str) -> None:
+    """Makes a folder and its parents; object stores have none and do nothing."""
+    check_url(url, place="url")
+    if scheme_of(url) in ("file", "memory"):
+        filesystem, path = connect(url)
+        filesystem.makedirs(path, exist_ok=True)
+
+
+def publish(url: str, data: bytes | memoryview) -> None:
+    """Writes a file so that nobody ever sees half of it.
+
+    Locally: a temporary name beside it, fsync, rename, fsync of the folder. On an object store an upload becomes
+    visible when it is complete; its size is read back.
+
+    Raises:
+        TrainingFailed: the disk is full or the store does not take the file; nothing is left under the name.
+    """
+    about = f" ({len(data):,} bytes)"
+    place = f"cannot write {redact(url)}{about}"
+    path_here = local_path(url)
+    if path_here is not None:
+        try:
+            local.publish(path_here, data)
+        except OSError as error:
+            raise TrainingFailed(f"{place}: {local.why(error)}") from error
+        return
+    filesystem, path = connect(url)
+    patience = Patience(met=True)
+    try:
+        asked(url, "write", lambda: filesystem.pipe_file(path, bytes(data)), patience, about=about)
+        filesystem.invalidate_cache()
+        written = int(asked(url, "write", lambda: filesystem.size(path), patience, about=about))
+    except FileNotFoundError as error:
+        raise TrainingFailed(f"{place}: it is not there after it was written") from error
+    except UserError as error:  # writes happen while a program runs, which cannot continue
+        raise TrainingFailed(*error.args) from error
+    if written != len(data):
+        remove(url)
+        raise TrainingFailed(f"{place}: {written} of {len(data)} bytes arrived")
+
+
+def upload(file: Path, url: str, *, patience: Patience | None = None) -> None:
+    """Copies a local file into a store; it is visible there once it is whole, and its size is read back.
+
+    Raises:
+        TrainingFailed: the store does not answer or does not take it.
+        UserError: access is refused.
+    """
+    filesystem, path = connect(url)
+    expected = os.path.getsize(file)
+    options = _UPLOAD_OPTIONS.get(scheme_of(url), {})
+    try:
+        asked(url, "write", lambda: filesystem.put_file(str(file), path, **options), patience)
+        filesystem.invalidate_cache()
+        written = int(asked(url, "write", lambda: filesystem.size(path), patience))
+    except FileNotFoundError as error:
+        raise failure(error, f"cannot write {redact(url)}") from error
+    if written != expected:
+        remove(url, patience=patience)
+        raise TrainingFailed(f"cannot write {redact(url)}: {written} of {expected} bytes arrived")
+
+
+def remove(url: str, *, patience: Patience | None = None) -> None:
+    """Removes a file; an absent file is no error. Raises the errors of `asked`."""
+    filesystem, path = connect(url)
+    try:
+        asked(url, "remove", lambda: filesystem.rm_file(path), patience)
+    except FileNotFoundError:
+        return
+
+
+def remove_folder(url: str) -> None:
+    """Removes a folder and its content; an absent folder is no error. Raises the errors of `asked`."""
+    filesystem, path = connect(url)
+    try:
+        if local_path(url) is not None:
+            shutil.rmtree(path)
+        else:
+            # fsspec would interpret the name as a glob pattern.
+            asked(url, "remove", lambda: filesystem.rm(glob.escape(path), recursive=True))
+    except FileNotFoundError:
+        return

@@ -731,8 +731,8 @@ FAULTS = [
     (
         "the client's memory is asked for an uploaded file's size",
         "dist_gan/storage/writing.py",
-        'filesystem.invalidate_cache()\n        written = int(asked(url, "write", lambda: filesystem.size(path), patience))',
-        'written = int(asked(url, "write", lambda: filesystem.size(path), patience))',
+        'filesystem.invalidate_cache()\n        written = int(asked(place, "write", lambda: filesystem.size(path), patience))',
+        'written = int(asked(place, "write", lambda: filesystem.size(path), patience))',
         (f"{PUBLISH}::test_an_object_of_another_size_than_what_was_written_is_an_error_and_gone",),
     ),
     (

@@ -15,11 +15,8 @@ from dist_gan.storage.local import sync_folder as sync_folder
 from dist_gan.storage.local import why as why
 from dist_gan.storage.local import will_read as will_read
 from dist_gan.storage.patience import Patience as Patience
-from dist_gan.storage.reading import FoundFile as FoundFile
-from dist_gan.storage.reading import entries as entries
 from dist_gan.storage.reading import exists as exists
 from dist_gan.storage.reading import is_inside as is_inside
-from dist_gan.storage.reading import list_files as list_files
 from dist_gan.storage.reading import list_names as list_names
 from dist_gan.storage.reading import open_read as open_read
 from dist_gan.storage.reading import read as read
@@ -30,7 +27,6 @@ from dist_gan.storage.writing import make_folder as make_folder
 from dist_gan.storage.writing import publish as publish
 from dist_gan.storage.writing import remove as remove
 from dist_gan.storage.writing import remove_folder as remove_folder
-from dist_gan.storage.writing import upload as upload
 from dist_gan.urls import ALLOWED_SCHEMES as ALLOWED_SCHEMES
 from dist_gan.urls import check_url as check_url
 from dist_gan.urls import join as join

@@ -16,8 +16,8 @@ _TRIES = 3
 class StoreFolder:
     """A folder in a store that is not this machine's disk, for any number of threads.
 
-    All requests share one `Patience`. A request that fails for good raises one sentence: TrainingFailed if the store
-    does not answer, UserError if it refuses access.
+    Names of its files may hold characters that a URL may not, such as `?`. All requests share one `Patience`. A request
+    that fails for good raises one sentence: TrainingFailed if the store does not answer, UserError if it refuses access.
 
     Args:
         url: URL of the folder; the folder need not exist.
@@ -50,7 +50,7 @@ class StoreFolder:
         # One byte more than there should be shows that the file has grown.
         end = wanted + 1 if wanted == size else wanted
         for _ in range(_TRIES):
-            data = reading.read(join(self.url, name), 0, end, patience=self._patience)
+            data = reading.read_in(self.url, name, 0, end, patience=self._patience)
             if len(data) == wanted:
                 return data
         raise TrainingFailed(
@@ -60,8 +60,8 @@ class StoreFolder:
 
     def upload(self, file: Path, name: str) -> None:
         """Copies a local file into the folder. Raises TrainingFailed or UserError as `storage.upload` does."""
-        writing.upload(file, join(self.url, name), patience=self._patience)
+        writing.upload(file, self.url, name, patience=self._patience)
 
     def remove(self, name: str) -> None:
         """Removes a file; an absent file is no error."""
-        writing.remove(join(self.url, name), patience=self._patience)
+        writing.remove_in(self.url, name, patience=self._patience)

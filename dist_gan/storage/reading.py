@@ -169,10 +169,21 @@ def _size_or_none(url: str) -> int | None:
         return None
 
 
-def read(url: str, start: int | None = None, end: int | None = None, *, patience: Patience | None = None) -> bytes:
+def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes [start, end) of a file, by default the whole file. Raises the errors of `asked`."""
     filesystem, path = connect(url)
-    return bytes(asked(url, "read", lambda: filesystem.cat_file(path, start=start, end=end), patience))
+    return bytes(asked(url, "read", lambda: filesystem.cat_file(path, start=start, end=end)))
+
+
+def read_in(url: str, name: str, start: int, end: int, *, patience: Patience | None = None) -> bytes:
+    """Bytes [start, end) of the file `name` in a folder of a store; the name may hold characters that no URL may.
+
+    Raises:
+        FileNotFoundError, UserError, TrainingFailed: as in `asked`.
+    """
+    filesystem, path = connect(url)
+    file = f"{path.rstrip('/')}/{name}"
+    return bytes(asked(join(url, name), "read", lambda: filesystem.cat_file(file, start=start, end=end), patience))
 
 
 def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:

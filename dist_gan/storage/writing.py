@@ -12,7 +12,7 @@ from dist_gan.storage.client import asked, connect
 from dist_gan.storage.errors import failure
 from dist_gan.storage.patience import Patience
 from dist_gan.types import TrainingFailed, UserError
-from dist_gan.urls import check_url, local_path
+from dist_gan.urls import check_url, join, local_path
 from dist_gan.wording import redact, scheme_of
 
 PART_BYTES = 2**24
@@ -62,32 +62,43 @@ def publish(url: str, data: bytes | memoryview) -> None:
         raise TrainingFailed(f"{place}: {written} of {len(data)} bytes arrived")
 
 
-def upload(file: Path, url: str, *, patience: Patience | None = None) -> None:
-    """Copies a local file into a store; it is visible there once it is whole, and its size is read back.
+def upload(file: Path, url: str, name: str, *, patience: Patience | None = None) -> None:
+    """Copies a local file into a folder of a store; it is visible there once it is whole, and its size is read back.
 
     Raises:
         TrainingFailed: the store does not answer or does not take it.
         UserError: access is refused.
     """
-    filesystem, path = connect(url)
+    filesystem, folder = connect(url)
+    path, place = f"{folder.rstrip('/')}/{name}", join(url, name)
     expected = os.path.getsize(file)
     options = _UPLOAD_OPTIONS.get(scheme_of(url), {})
     try:
-        asked(url, "write", lambda: filesystem.put_file(str(file), path, **options), patience)
+        asked(place, "write", lambda: filesystem.put_file(str(file), path, **options), patience)
         filesystem.invalidate_cache()
-        written = int(asked(url, "write", lambda: filesystem.size(path), patience))
+        written = int(asked(place, "write", lambda: filesystem.size(path), patience))
     except FileNotFoundError as error:
-        raise failure(error, f"cannot write {redact(url)}") from error
+        raise failure(error, f"cannot write {redact(place)}") from error
     if written != expected:
-        remove(url, patience=patience)
-        raise TrainingFailed(f"cannot write {redact(url)}: {written} of {expected} bytes arrived")
+        remove_in(url, name, patience=patience)
+        raise TrainingFailed(f"cannot write {redact(place)}: {written} of {expected} bytes arrived")
 
 
-def remove(url: str, *, patience: Patience | None = None) -> None:
+def remove(url: str) -> None:
     """Removes a file; an absent file is no error. Raises the errors of `asked`."""
     filesystem, path = connect(url)
     try:
-        asked(url, "remove", lambda: filesystem.rm_file(path), patience)
+        asked(url, "remove", lambda: filesystem.rm_file(path))
+    except FileNotFoundError:
+        return
+
+
+def remove_in(url: str, name: str, *, patience: Patience | None = None) -> None:
+    """Removes the file `name` in a folder of a store; an absent file is no error. Raises the errors of `asked`."""
+    filesystem, folder = connect(url)
+    path = f"{folder.rstrip('/')}/{name}"
+    try:
+        asked(join(url, name), "remove", lambda: filesystem.rm_file(path), patience)
     except FileNotFoundError:
         return
 

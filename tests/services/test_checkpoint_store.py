@@ -80,13 +80,8 @@ def test_a_store_that_is_away_for_a_while_delays_a_save_and_loses_nothing(
 def test_a_store_that_stays_away_fails_the_save_within_the_budget_without_a_secret(
     store: tuple[int, list[ThreadedMotoServer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-<<<<<<< HEAD
-    monkeypatch.setattr(storage, "PATIENCE_S", 3.0)
-    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
-=======
     monkeypatch.setattr(storage.patience, "PATIENCE_S", 3.0)
-    runtime = Runtime(RuntimeSection(threads=1), Launch())
->>>>>>> c8fbd86 (Store access has one vocabulary: functions on URLs, of which client.py alone knows fsspec; the code's hash covers the whole package again)
+    runtime = Runtime(RuntimeSection(threads=1), LaunchSettings())
     found = checkpointer("s3://runs/checkpoints", runtime)
     found._serial = 0
     found.save(20, {"part": Part(20)})

@@ -377,8 +377,8 @@ def store() -> Iterator[StoreFolder]:
 
 
 def put(folder: StoreFolder, name: str, data: bytes) -> None:
-    filesystem, path = storage.connect(storage.join(folder.url, name))
-    filesystem.pipe_file(path, data)
+    filesystem, path = storage.connect(folder.url)
+    filesystem.pipe_file(f"{path}/{name}", data)
 
 
 def test_a_folder_in_a_store_lists_its_files_at_any_depth_and_what_lies_directly_in_it(

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_gan.config import parse_number
+from dist_gan.config.values import parse_number
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")

@@ -16,8 +16,8 @@ from dist_gan.config import (
     SGDSection,
     ShardsData,
 )
+from dist_gan.objectives.losses import LOSSES
 
-LOSSES = ("minimax", "nonsaturating", "hinge", "least_squares", "wasserstein", "relativistic")
 PENALTIES: dict[str, dict[str, float]] = {
     "none": {},
     "r1": {"r1_gamma": 1.0},

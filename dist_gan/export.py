@@ -22,7 +22,8 @@ from dist_gan.checkpoint import reader, tensorfile
 from dist_gan.checkpoint.reader import ABANDONED, COMMIT, Found
 from dist_gan.config import NetworksSection
 from dist_gan.config.reader import read_written
-from dist_gan.models import AnyNetworks, build_generator
+from dist_gan.models import build_generator
+from dist_gan.models.family import NetworkSettings
 from dist_gan.records import Record
 from dist_gan.types import TensorFacts, UserError, check_table
 
@@ -36,7 +37,7 @@ class Averaged(NamedTuple):
     """An averaged generator, in evaluation mode, on the CPU, with facts about it."""
 
     module: nn.Module
-    section: AnyNetworks
+    section: NetworkSettings
     images: int
     """Number of images that its run had seen."""
     class_names: tuple[str, ...] | None
@@ -181,7 +182,7 @@ def _exported(url: str) -> Averaged:
     return Averaged(module, section, images, _fitting(names, section), notes)
 
 
-def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, ...]]:
+def _section_in(facts: Record, *, place: str) -> tuple[NetworkSettings, tuple[str, ...]]:
     """Networks section of an export, and notes that name keys unknown to this version, which are left out."""
     values = dict(facts.record("networks").values)
     try:
@@ -190,7 +191,7 @@ def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, .
         unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden" and len(e["loc"]) <= 2]
     notes = tuple(f"{place}: this version does not know the setting {name!r:.80} of the networks" for name in unknown)
     try:
-        section: AnyNetworks = TypeAdapter(NetworksSection).validate_python(
+        section: NetworkSettings = TypeAdapter(NetworksSection).validate_python(
             {name: value for name, value in values.items() if name not in unknown}
         )
     except ValidationError as error:
@@ -200,12 +201,12 @@ def _section_in(facts: Record, *, place: str) -> tuple[AnyNetworks, tuple[str, .
     return section, notes
 
 
-def _fitting(names: list[str] | None, section: AnyNetworks) -> tuple[str, ...] | None:
+def _fitting(names: list[str] | None, section: NetworkSettings) -> tuple[str, ...] | None:
     """Names of the classes; None if their number is not the number of classes."""
     return tuple(names) if names is not None and len(names) == section.classes else None
 
 
-def _room(section: AnyNetworks, announced: Mapping[str, TensorFacts], *, place: str) -> nn.Module:
+def _room(section: NetworkSettings, announced: Mapping[str, TensorFacts], *, place: str) -> nn.Module:
     """A generator with uninitialised weights, allocated after its shapes have been compared with those of the file.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_gan import storage
-from dist_gan.config import RunConfig, ShapesData, ShardsData
+from dist_gan.config import RunConfig
 from dist_gan.data.checks import check_data
 from dist_gan.embedded.writer import write_shapes
 from dist_gan.types import UserError
@@ -11,9 +11,7 @@ from dist_gan.types import UserError
 
 def data_sources(config: RunConfig) -> dict[str, int]:
     """URLs of the folders of shards that a configuration trains on, with their mixing weights."""
-    if isinstance(config.data, ShardsData):
-        return config.data.sources
-    return {storage.join(config.run.dir, "data"): 1}
+    return config.data.sources or {storage.join(config.run.dir, "data"): 1}
 
 
 def prepare_data(config: RunConfig) -> list[str]:
@@ -26,9 +24,9 @@ def prepare_data(config: RunConfig) -> list[str]:
         UserError: there is no manifest, a shard is not as the manifest says, or the networks do not fit the images.
         TrainingFailed: the embedded data set cannot be written, or a store does not answer.
     """
-    if isinstance(config.data, ShapesData):
+    if config.data.num_drawn:
         (url,) = data_sources(config)
-        write_shapes(url, count=config.data.count)
+        write_shapes(url, count=config.data.num_drawn)
         return []
     mistakes, notes = check_data(config)
     if mistakes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from dist_gan.config import AdamSection, Ramp, RunConfig
+from dist_gan.config.sections import RunConfig
+from dist_gan.config.values import Ramp
+from dist_gan.objectives.penalties import PENALTIES
 from dist_gan.types import Knobs
 
 
@@ -30,8 +32,8 @@ def knobs_at(images: int, *, config: RunConfig) -> Knobs:
     return Knobs(
         g_lr=at(g_optim.lr, images),
         d_lr=at(d_optim.lr, images),
-        g_beta2=at(g_optim.beta2, images) if isinstance(g_optim, AdamSection) else 0.0,
-        d_beta2=at(d_optim.beta2, images) if isinstance(d_optim, AdamSection) else 0.0,
+        g_beta2=at(g_optim.beta2, images),
+        d_beta2=at(d_optim.beta2, images),
         r1_gamma=at(objective.r1_gamma, images),
         r2_gamma=at(objective.r2_gamma, images),
         gradient_penalty=at(objective.gradient_penalty, images),
@@ -46,8 +48,4 @@ def lazily(knobs: Knobs, *, update: int, every: int) -> Knobs:
     Lazy regularisation (Karras et al. 2020, StyleGAN2, appendix B): the mean strength stays the same.
     """
     factor = every if update % every == 0 else 0
-    return knobs._replace(
-        r1_gamma=knobs.r1_gamma * factor,
-        r2_gamma=knobs.r2_gamma * factor,
-        gradient_penalty=knobs.gradient_penalty * factor,
-    )
+    return knobs._replace(**{name: getattr(knobs, name) * factor for name in PENALTIES})

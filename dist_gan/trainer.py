@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dist_gan import __version__, storage
 from dist_gan.checkpoint.writer import Checkpointer
-from dist_gan.config import PointsData, RunConfig, ShapesData
+from dist_gan.config import DataOrder, PointsData, RunConfig
 from dist_gan.config.reader import config_hash, to_yaml
 from dist_gan.data import Damage, ImageStream, PointStream, Source, Stage, Stream
 from dist_gan.data.manifest import read_manifest
@@ -17,7 +17,7 @@ from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
 from dist_gan.evaluate import count_modes, fixed_grid, to_pictures
 from dist_gan.health.recovery import PLAYERS, Recovery, actions
-from dist_gan.models import build_networks
+from dist_gan.models import build_networks, picture_networks
 from dist_gan.objectives import AdversarialObjective
 from dist_gan.resume import resume, roll_back
 from dist_gan.run_data import data_sources
@@ -28,7 +28,7 @@ from dist_gan.schedules import knobs_at
 from dist_gan.state import Progress, TrainState
 from dist_gan.step import Rules, train_step
 from dist_gan.tracker import Tracker, profiled
-from dist_gan.types import Networks, Scalars, TrainingFailed, UserError
+from dist_gan.types import Networks, Scalars, TrainingFailed
 
 MODE_SAMPLES = 5_000
 """Samples that the modes of the embedded data set are counted in."""
@@ -144,7 +144,7 @@ def new_state(
 
 def _sources(config: RunConfig) -> list[tuple[Source, int]]:
     """Sources of the run's images with their mixing weights; empty if the data are points."""
-    if isinstance(config.data, PointsData):
+    if config.data.makes == "points":
         return []
     return [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
 
@@ -166,9 +166,8 @@ def _stream(
     slots, classes = runtime.slots(config.run.batch), config.networks.classes
     if isinstance(config.data, PointsData):
         return PointStream(config.data, classes=classes, slots=slots, draws=draws)
-    networks = config.networks
-    if networks.kind == "mlp":
-        raise UserError("networks.kind: 'mlp' is for points; images go with article or dcgan")
+    assert isinstance(config.data, DataOrder)
+    networks = picture_networks(config.networks)
     return ImageStream(
         sources,
         section=config.data,
@@ -401,7 +400,7 @@ def _finish(run: Run) -> End:
     _report_written(run)
     config, tracker, progress = run.config, run.tracker, run.state.progress
     facts: dict[str, float | int] = {}
-    if isinstance(config.data, ShapesData):
+    if config.data.num_drawn:
         facts = count_modes(
             run.state.ema.module, run.draws, run.runtime, samples=MODE_SAMPLES, classes=config.networks.classes
         )

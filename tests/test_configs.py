@@ -13,14 +13,11 @@ from dist_gan.config import (
     AdamSection,
     ArticleNetworks,
     DCGANNetworks,
-    MLPNetworks,
-    PointsData,
     Ramp,
     RunConfig,
     SGDSection,
-    ShapesData,
-    ShardsData,
 )
+from dist_gan.config.kinds import classes_of
 from dist_gan.config.reader import config_hash, differences, load_config, run_dir_of, schema_help, to_yaml
 from dist_gan.types import UserError
 from tests.conftest import ROOT
@@ -45,17 +42,11 @@ def report_of(path: Path | None, *overrides: str, world_size: int = 1) -> list[s
 
 def leaves() -> dict[str, dict[str, Any]]:
     """Each section with its fields, kind by kind, from the models themselves: 'data.shards' -> fields."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "data": (ShapesData, ShardsData, PointsData),
-        "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
-        "g_optim": (AdamSection, SGDSection),
-        "d_optim": (AdamSection, SGDSection),
+    return {
+        f"{name}/{section.__name__}": dict(section.model_fields)
+        for name in RunConfig.model_fields
+        for section in classes_of(name)
     }
-    found: dict[str, dict[str, Any]] = {}
-    for name, field in RunConfig.model_fields.items():
-        for section in kinds.get(name, (field.annotation,)):
-            found[f"{name}/{section.__name__}"] = dict(section.model_fields)  # type: ignore[union-attr]
-    return found
 
 
 # -- recipes --------------------------------------------------------------------------------------------------------

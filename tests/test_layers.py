@@ -21,10 +21,14 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "mistakes", "types", "urls", "json_text", "config", "config.*", "storage", "storage.*", "pictures", "records",
+        "wording", "mistakes", "types", "urls", "json_text", "config.values", "config.text", "storage", "storage.*", "pictures",
+        "records",
         "checkpoint", "checkpoint.tensorfile", "process", "process.terminal", "process.last_words",
     ),
-    ("models.*", "objectives.*", "draws", "ema", "schedules", "health.diagnostics", "health"),
+    (
+        "models.*", "objectives.*", "optimizers", "config", "config.*", "draws", "ema", "schedules", "health.diagnostics",
+        "health",
+    ),
     (
         "runtime.*", "data.*", "packing.*", "embedded.*", "tracker", "checkpoint.schema", "checkpoint.reader",
         "checkpoint.retention", "checkpoint.writer", "scalars", "process.outcome", "run_folder", "export",
@@ -66,7 +70,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "safetensors": ("checkpoint.tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),
-    "pydantic": ("config.*", "export"),
+    "pydantic": ("config.*", "models.*", "objectives.*", "optimizers", "export"),
     "yaml": ("config.*", "run_folder", "export"),
 }
 """Outside library, and the only rooms that may know it."""
@@ -375,9 +379,28 @@ def test_layer_0_and_1_know_no_rank_and_no_process() -> None:
     assert not found, f"read by a room of the lowest floors: {found}"
 
 
-def test_importing_the_package_or_the_settings_loads_neither_torch_nor_what_only_training_needs() -> None:
+def test_the_parts_that_settings_are_assembled_from_know_the_types_of_values_alone() -> None:
+    """Sections are made from the dicts of networks, losses and optimizers, which therefore stand below them."""
+    parts = ("models.*", "objectives.*", "optimizers")
+    found = {
+        name: sorted(other for other in seen if matches(other, "config.*") and other != "config.values")
+        for name, seen in imports().items()
+        if any(matches(name, part) for part in parts)
+    }
+    assert not any(found.values()), found
+
+
+def test_the_script_asks_for_sleeping_threads_before_anything_can_import_torch() -> None:
+    body = trees()["train"].body
+    (asks,) = [i for i, node in enumerate(body) if "OMP_WAIT_POLICY" in ast.unparse(node)]
+    early = {alias.name for node in body[:asks] if isinstance(node, ast.Import) for alias in node.names}
+    early |= {str(node.module) for node in body[:asks] if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in early} <= {"__future__", "os", "signal", "sys", "pathlib", "types"}
+
+
+def test_importing_the_package_or_the_types_of_values_loads_neither_torch_nor_what_only_training_needs() -> None:
     code = (
-        "import sys, dist_gan, dist_gan.config\n"
+        "import sys, dist_gan, dist_gan.config.values\n"
         "heavy = {'torch', 'accelerate', 'deepspeed', 'webdataset', 'tensorboard', 'fsspec'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

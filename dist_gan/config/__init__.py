@@ -1,67 +1,21 @@
 """Settings of a run: typed sections, the reader of YAML files and overrides, and one report of all mistakes."""
 
-from dist_gan.config.sections import (
-    AdamSection,
-    ArticleNetworks,
-    CheckpointSection,
-    Count,
-    Data,
-    DataOrder,
-    DCGANNetworks,
-    Decay,
-    EMASection,
-    Knob,
-    LogSection,
-    MLPNetworks,
-    NetworksSection,
-    ObjectiveSection,
-    Optim,
-    Place,
-    PlaceOrNone,
-    PointsData,
-    Ramp,
-    Real,
-    RecoverySection,
-    RunConfig,
-    RunSection,
-    RuntimeSection,
-    Section,
-    SGDSection,
-    ShapesData,
-    ShardsData,
-    Whole,
-    parse_number,
-)
+from __future__ import annotations
 
-__all__ = [
-    "AdamSection",
-    "ArticleNetworks",
-    "CheckpointSection",
-    "Count",
-    "DCGANNetworks",
-    "Data",
-    "DataOrder",
-    "Decay",
-    "EMASection",
-    "Knob",
-    "LogSection",
-    "MLPNetworks",
-    "NetworksSection",
-    "ObjectiveSection",
-    "Optim",
-    "Place",
-    "PlaceOrNone",
-    "PointsData",
-    "Ramp",
-    "Real",
-    "RecoverySection",
-    "RunConfig",
-    "RunSection",
-    "RuntimeSection",
-    "SGDSection",
-    "Section",
-    "ShapesData",
-    "ShardsData",
-    "Whole",
-    "parse_number",
-]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_gan.config.sections import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the sections when one is first asked for.
+
+    The parts that sections are assembled from (networks, losses, optimizers) import `config.values`, and with it this
+    package, before there are any sections.
+    """
+    import dist_gan.config.sections as sections
+
+    if name in sections.__all__:
+        return getattr(sections, name)
+    raise AttributeError(f"module 'dist_gan.config' has no attribute {name!r}")

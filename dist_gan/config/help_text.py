@@ -4,33 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
-from dist_gan.config import (
-    AdamSection,
-    ArticleNetworks,
-    CheckpointSection,
-    DCGANNetworks,
-    EMASection,
-    LogSection,
-    MLPNetworks,
-    ObjectiveSection,
-    PointsData,
-    RecoverySection,
-    RunSection,
-    RuntimeSection,
-    Section,
-    SGDSection,
-    ShapesData,
-    ShardsData,
-)
+from dist_gan.config.kinds import classes_of
+from dist_gan.config.sections import RunConfig
 
 
 def schema_help() -> str:
     """Help text: every section and field with its default and docstring."""
     lines: list[str] = []
-    for name, sections in _sections().items():
+    for name in RunConfig.model_fields:
+        sections = classes_of(name)
         for section in sections:
             kind = section.model_fields.get("kind")
-            choice = f" (kind: {section.model_fields['kind'].default})" if kind and len(sections) > 1 else ""
+            choice = f" (kind: {kind.default})" if kind and len(sections) > 1 else ""
             lines += ["", f"{name}{choice}: {' '.join((section.__doc__ or '').split())}"]
             for field_name, field in section.model_fields.items():
                 default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
@@ -41,22 +26,6 @@ def schema_help() -> str:
         "A setting that may move is a number or a ramp, written as {start: 2e-3, end: 0, images: 300k, shape: linear}.",
     ]
     return "\n".join(lines).lstrip("\n")
-
-
-def _sections() -> dict[str, tuple[type[Section], ...]]:
-    return {
-        "run": (RunSection,),
-        "data": (ShapesData, ShardsData, PointsData),
-        "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
-        "objective": (ObjectiveSection,),
-        "g_optim": (AdamSection, SGDSection),
-        "d_optim": (AdamSection, SGDSection),
-        "ema": (EMASection,),
-        "runtime": (RuntimeSection,),
-        "log": (LogSection,),
-        "checkpoint": (CheckpointSection,),
-        "recovery": (RecoverySection,),
-    }
 
 
 def _choices(annotation: Any) -> str:

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import Tag, ValidationError
+from pydantic import ValidationError
 
-from dist_gan.config import (
-    AdamSection,
-    ArticleNetworks,
-    DCGANNetworks,
-    MLPNetworks,
-    PointsData,
-    Ramp,
-    RunConfig,
-    Section,
-    SGDSection,
-    ShapesData,
-    ShardsData,
-)
+from dist_gan.config.kinds import classes_of, kinds_of
+from dist_gan.config.sections import RunConfig
+from dist_gan.config.values import Ramp
 from dist_gan.wording import shown
-
-DEFAULT_KINDS = {
-    "data": "shapes", "networks": "dcgan", "objective": "relativistic", "g_optim": "adam", "d_optim": "adam",
-}  # fmt: skip
 
 
 def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
     """The configuration, and each mistake with its place; an invalid setting is replaced by its default.
 
     With defaults in place of invalid settings, the rules that join fields can be checked in the same report. Every
-    round removes an entry from `raw`, so the loop ends whatever it holds.
+    round removes an entry from `raw`, whatever the schema is, so the loop ends.
+
+    Raises:
+        ValueError: even a configuration without any entry is not valid: a section has no default, or a wrong one.
     """
     mistakes: dict[str, str] = {}
     while True:
         try:
             return RunConfig.model_validate(raw), list(mistakes.items())
         except ValidationError as error:
+            if not raw:
+                raise ValueError(f"the defaults are not valid: {error}") from error
             found = error.errors()
         raw = json.loads(json.dumps(raw, default=str))
         dropped = False
@@ -48,9 +39,7 @@ def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
             mistakes.setdefault(dotted, f"{dotted}: {_sentence(item, place)}")
             dropped = _drop(raw, place) or dropped
         if not dropped:
-            for item in found:
-                raw.pop(str(item["loc"][0]) if item["loc"] else "", None)
-            raw = raw if found[0]["loc"] and str(found[0]["loc"][0]) not in raw else {}
+            raw = {}
 
 
 def place_of(location: tuple[int | str, ...]) -> list[str]:
@@ -62,30 +51,14 @@ def place_of(location: tuple[int | str, ...]) -> list[str]:
     field = RunConfig.model_fields.get(name)
     if field is None:
         return [*place, *rest]
-    kinds = _kinds_of(field.annotation)
+    kinds = kinds_of(field)
     section = kinds.get(rest.pop(0)) if kinds and rest else field.annotation
     if rest:
         place.append(rest.pop(0))
         inner = getattr(section, "model_fields", {}).get(place[1])
-        if inner is not None and rest and _kinds_of(inner.annotation):
+        if inner is not None and rest and kinds_of(inner):
             rest.pop(0)
     return place + [part for part in rest if part != "[key]"]
-
-
-def _kinds_of(annotation: Any) -> dict[str, Any]:
-    """Types of a tagged union by tag; empty for any other annotation."""
-    return dict(_tagged(annotation))
-
-
-def _tagged(annotation: Any) -> Iterator[tuple[str, Any]]:
-    if get_origin(annotation) is Annotated:
-        inner, *metadata = get_args(annotation)
-        tags = [mark.tag for mark in metadata if isinstance(mark, Tag)]
-        if tags:
-            yield tags[0], inner
-            return
-    for part in get_args(annotation):
-        yield from _tagged(part)
 
 
 def _drop(raw: dict[str, Any], place: list[str]) -> bool:
@@ -143,20 +116,15 @@ _ELSEWHERE = {
 
 def _known_keys(place: list[str]) -> str:
     """Advice for an unknown key: the keys of its section, and the kinds that have such a key."""
-    homes: dict[str, tuple[type[Section], ...]] = {
-        "data": (ShapesData, ShardsData, PointsData), "networks": (ArticleNetworks, DCGANNetworks, MLPNetworks),
-        "g_optim": (AdamSection, SGDSection), "d_optim": (AdamSection, SGDSection),
-    }  # fmt: skip
     if len(place) > 2:
         return f"a setting that moves has the keys {', '.join(Ramp.model_fields)}"
     if len(place) == 1:
         return f"the sections are {', '.join(RunConfig.model_fields)}"
-    if place[0] in homes:
-        kinds = {cls.model_fields["kind"].default: cls for cls in homes[place[0]]}
+    classes = classes_of(place[0])
+    if len(classes) > 1:
+        kinds = {cls.model_fields["kind"].default: cls for cls in classes}
         owners = [kind for kind, cls in kinds.items() if place[1] in cls.model_fields]
         if owners:
             return f"it belongs to {place[0]}.kind={' or '.join(owners)}, which is not the kind chosen"
         return "the keys are " + "; ".join(f"{kind}: {', '.join(cls.model_fields)}" for kind, cls in kinds.items())
-    annotation = RunConfig.model_fields[place[0]].annotation if place[0] in RunConfig.model_fields else None
-    fields = getattr(annotation, "model_fields", {})
-    return f"the keys of {place[0]} are {', '.join(fields)}"
+    return f"the keys of {place[0]} are {', '.join(classes[0].model_fields)}"

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from dist_gan import urls
-from dist_gan.config import RunConfig
 from dist_gan.config.help_text import schema_help as schema_help
-from dist_gan.config.mistakes import DEFAULT_KINDS, UNKNOWN_KEY, validate
+from dist_gan.config.kinds import default_kinds
+from dist_gan.config.mistakes import UNKNOWN_KEY, validate
 from dist_gan.config.rules import cross_field_mistakes
+from dist_gan.config.sections import RunConfig
 from dist_gan.config.text import UNFIT, apply_overrides, parse, problem_of, read_yaml
 from dist_gan.mistakes import UserError
 from dist_gan.wording import shown
@@ -100,13 +101,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world
 def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int = 1) -> Reading:
     """Settings and mistakes as in `load_config`, without raising, so that the report can be extended."""
     raw, mistakes = read_yaml(Path(path)) if path is not None else ({}, [])
-    mistakes += apply_overrides(raw, overrides, default_kinds=DEFAULT_KINDS)
+    mistakes += apply_overrides(raw, overrides, default_kinds=default_kinds())
     config, invalid = validate(raw)
     mistakes += [text for _, text in invalid]
     reading = Reading(config, mistakes, [place for place, _ in invalid], "defaults" if path is None else str(path))
-    for touched, text in cross_field_mistakes(config, world_size):
-        if not any(reading.is_wrong(place) for place in touched):
-            mistakes.append(text)
+    for mistake in cross_field_mistakes(config, world_size):
+        if not any(reading.is_wrong(place) for place in mistake.places):
+            mistakes.append(mistake.text)
     return reading
 
 
@@ -116,7 +117,7 @@ def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
     The default folder does not count: nothing is written into a folder that the user has not named.
     """
     raw, _ = read_yaml(Path(path)) if path is not None else ({}, [])
-    apply_overrides(raw, overrides, default_kinds=DEFAULT_KINDS)
+    apply_overrides(raw, overrides, default_kinds=default_kinds())
     run = raw.get("run", {})
     value = run.get("dir") if isinstance(run, dict) else None
     if not isinstance(value, str):

@@ -1,159 +1,260 @@
-"""Rules that join settings of several sections."""
+"""Rules that join settings of several sections, one function a rule.
+
+A rule takes the settings and the number of processes of the launch, and says what is wrong: None, one mistake, or one
+for each place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 from dist_gan import urls
-from dist_gan.config import DCGANNetworks, MLPNetworks, PointsData, Ramp, RunConfig, ShapesData, ShardsData
-from dist_gan.config.values import same_folder
+from dist_gan.config.data_sets import DataOrder, ShardsData
+from dist_gan.config.sections import RunConfig
+from dist_gan.config.values import Ramp, same_folder
 from dist_gan.mistakes import UserError
+from dist_gan.models import FAMILIES, families_for
+from dist_gan.models.family import PictureNetworks
+from dist_gan.objectives.losses import LOSSES
+from dist_gan.objectives.penalties import PENALTIES
+from dist_gan.types import Knobs
 from dist_gan.wording import redact, scheme_of, shown
 
-KNOBS = (
-    "g_lr", "d_lr", "g_beta2", "d_beta2", "r1_gamma", "r2_gamma", "gradient_penalty", "instance_noise", "ema_half_life",
-)  # fmt: skip
-"""Names, as logged, of the settings that may change during training."""
+
+class Mistake(NamedTuple):
+    """Settings that do not fit one another."""
+
+    places: tuple[str, ...]
+    """Dotted names of the settings involved: the rule says nothing of a user's settings where one of them is invalid."""
+    text: str
+    """One sentence that begins with the name of the setting to change, and has its value and the remedy."""
 
 
-def cross_field_mistakes(config: RunConfig, world_size: int) -> list[tuple[tuple[str, ...], str]]:
-    """Mistakes across sections: the names of the settings involved, and a sentence."""
-    found: list[tuple[tuple[str, ...], str]] = []
-    run, data, networks, objective = config.run, config.data, config.networks, config.objective
-    batch, micro = run.batch, config.runtime.micro_batch
-    if batch % world_size:
-        found.append(
-            (
-                ("run.batch",),
-                f"run.batch: {batch} images do not divide over {world_size} processes; "
-                f"take {_nearest_multiple(batch, world_size)}, or start another number of processes",
-            )
-        )
-    elif micro is not None and (batch // world_size) % micro:
-        found.append(
-            (
-                ("run.batch", "runtime.micro_batch"),
-                f"runtime.micro_batch: {batch // world_size} images a process do not divide into pieces of {micro}; "
-                f"choose a divisor of {batch // world_size}",
-            )
-        )
-    points = isinstance(data, PointsData)
-    if points != isinstance(networks, MLPNetworks):
-        found.append(
-            (
-                ("data", "networks.kind"),
-                f"networks.kind: {networks.kind!r} does not fit data.kind {data.kind!r}; "
-                f"points go with mlp, images with article or dcgan",
-            )
-        )
-    if isinstance(data, ShapesData) and not points and not isinstance(networks, MLPNetworks):
-        if (networks.resolution, networks.channels) != (32, 3):
-            found.append(
-                (
-                    ("data", "networks.resolution", "networks.channels"),
-                    f"networks.resolution: {networks.resolution} with {networks.channels} channels, but the embedded "
-                    f"shapes are 32x32 in colour; set networks.resolution=32 networks.channels=3",
-                )
-            )
-        if networks.classes not in (0, 12):
-            found.append(
-                (
-                    ("data", "networks.classes"),
-                    f"networks.classes: {networks.classes}, but the embedded shapes have 12 classes; take 12, or 0 for none",
-                )
-            )
-    if isinstance(data, PointsData) and networks.classes not in (0, data.modes):
-        found.append(
-            (
-                ("data.modes", "networks.classes"),
-                f"networks.classes: {networks.classes}, but the points have {data.modes} classes; take that, or 0 for none",
-            )
-        )
-    if not isinstance(data, PointsData) and data.lanes < world_size:
-        found.append(
-            (
-                ("data.lanes",),
-                f"data.lanes: {data.lanes} lanes cannot be dealt to {world_size} processes; take a multiple of {world_size}",
-            )
-        )
-    if isinstance(data, ShardsData):
-        for place, url in [("data.url", data.url), *(("data.mix", url) for url in data.mix)]:
-            try:
-                urls.check_url(url, place=place)
-            except UserError as error:
-                found.append(((place,), str(error)))
-        if same_folder(data.url) in map(same_folder, data.mix):
-            found.append((("data.mix",), f"data.mix: {redact(data.url)!r} is data.url too; give it data.weight"))
-        is_remote = any(urls.local_path(url) is None for url in data.sources)
-        if is_remote and data.patience_s >= config.runtime.step_timeout_s:
-            found.append(
-                (
-                    ("data.patience_s", "runtime.step_timeout_s"),
-                    f"data.patience_s: {data.patience_s} s, but a rank that does nothing for "
-                    f"runtime.step_timeout_s={config.runtime.step_timeout_s} is taken for dead; be less patient with stores, or "
-                    f"more with ranks",
-                )
-            )
-        if data.disk_cache and scheme_of(data.disk_cache) != "file":
-            found.append(
-                (
-                    ("data.disk_cache",),
-                    f"data.disk_cache: {redact(data.disk_cache)!r} is no local folder; give a path on a disk",
-                )
-            )
-        elif redact(data.disk_cache) != data.disk_cache:
-            found.append((("data.disk_cache",), f"data.disk_cache: {redact(data.disk_cache)!r} {urls.HAS_SECRET}"))
-    if not run.dir or scheme_of(run.dir) != "file":
-        found.append(
-            (
-                ("run.dir",),
-                f"run.dir: {redact(run.dir)!r} is no local folder; logs are appended to, so give a path on a disk",
-            )
-        )
+Rule = Callable[[RunConfig, int], Mistake | Iterable[Mistake] | None]
+
+
+def batch_divides_over_processes(config: RunConfig, world_size: int) -> Mistake | None:
+    """Every process has the same share of the batch."""
+    batch = config.run.batch
+    if batch % world_size == 0:
+        return None
+    nearest = max(world_size, round(batch / world_size) * world_size)
+    return Mistake(
+        ("run.batch",),
+        f"run.batch: {batch} images do not divide over {world_size} processes; take {nearest}, or start another number of "
+        f"processes",
+    )
+
+
+def share_divides_into_micro_batches(config: RunConfig, world_size: int) -> Mistake | None:
+    """The share of a process is a whole number of micro-batches."""
+    share, micro = config.run.batch // world_size, config.runtime.micro_batch
+    if config.run.batch % world_size or micro is None or share % micro == 0:
+        return None
+    return Mistake(
+        ("run.batch", "runtime.micro_batch"),
+        f"runtime.micro_batch: {share} images a process do not divide into pieces of {micro}; choose a divisor of {share}",
+    )
+
+
+def networks_make_what_the_data_are(config: RunConfig, world_size: int) -> Mistake | None:
+    """Networks for points go with points, networks for images with images."""
+    kind = config.networks.kind
+    if FAMILIES[kind].makes == config.data.makes:
+        return None
+    return Mistake(
+        ("data", "networks.kind"),
+        f"networks.kind: {kind!r} does not fit data.kind {config.data.kind!r}; points go with {families_for('points')}, "
+        f"images with {families_for('images')}",
+    )
+
+
+def networks_have_the_size_of_the_shapes(config: RunConfig, world_size: int) -> Mistake | None:
+    """The images that the program draws have one size."""
+    networks = config.networks
+    if not config.data.num_drawn or not isinstance(networks, PictureNetworks):
+        return None
+    if (networks.resolution, networks.channels) == (32, 3):
+        return None
+    return Mistake(
+        ("data", "networks.resolution", "networks.channels"),
+        f"networks.resolution: {networks.resolution} with {networks.channels} channels, but the embedded shapes are 32x32 in "
+        f"colour; set networks.resolution=32 networks.channels=3",
+    )
+
+
+def networks_have_the_classes_of_the_data(config: RunConfig, world_size: int) -> Mistake | None:
+    """Data that the program makes have a known number of classes, which the networks take or leave."""
+    data, classes = config.data, config.networks.classes
+    if (
+        data.num_classes is None
+        or classes in (0, data.num_classes)
+        or data.makes != FAMILIES[config.networks.kind].makes
+    ):
+        return None
+    noun, number = ("points", "that") if data.makes == "points" else ("embedded shapes", str(data.num_classes))
+    return Mistake(
+        ("data", "networks.classes"),
+        f"networks.classes: {classes}, but the {noun} have {data.num_classes} classes; take {number}, or 0 for none",
+    )
+
+
+def every_process_has_a_lane(config: RunConfig, world_size: int) -> Mistake | None:
+    """Each lane of the data is read by one process, and each process reads at least one."""
+    if not isinstance(config.data, DataOrder) or config.data.lanes >= world_size:
+        return None
+    return Mistake(
+        ("data.lanes",),
+        f"data.lanes: {config.data.lanes} lanes cannot be dealt to {world_size} processes; take a multiple of {world_size}",
+    )
+
+
+def folders_of_shards_can_be_read(config: RunConfig, world_size: int) -> list[Mistake]:
+    """Each folder of shards is at a URL that is allowed."""
+    urls_of = [("data.url" if index == 0 else "data.mix", url) for index, url in enumerate(config.data.sources)]
+    return [Mistake((place,), text) for place, url in urls_of if (text := _refusal(url, place=place)) is not None]
+
+
+def the_mixture_has_each_folder_once(config: RunConfig, world_size: int) -> Mistake | None:
+    """`data.url` is not in `data.mix` as well."""
+    data = config.data
+    if not isinstance(data, ShardsData) or same_folder(data.url) not in map(same_folder, data.mix):
+        return None
+    return Mistake(("data.mix",), f"data.mix: {redact(data.url)!r} is data.url too; give it data.weight")
+
+
+def patience_ends_before_a_rank_is_missed(config: RunConfig, world_size: int) -> Mistake | None:
+    """A rank that waits for a store is not taken for dead."""
+    data, limit = config.data, config.runtime.step_timeout_s
+    if not isinstance(data, ShardsData) or data.patience_s < limit:
+        return None
+    if all(urls.local_path(url) is not None for url in data.sources):
+        return None
+    return Mistake(
+        ("data.patience_s", "runtime.step_timeout_s"),
+        f"data.patience_s: {data.patience_s} s, but a rank that does nothing for runtime.step_timeout_s={limit} is taken for "
+        f"dead; be less patient with stores, or more with ranks",
+    )
+
+
+def the_disk_cache_is_on_a_disk(config: RunConfig, world_size: int) -> Mistake | None:
+    """The cache of a machine is a local folder, whose name holds no secret."""
+    if not isinstance(config.data, ShardsData) or not config.data.disk_cache:
+        return None
+    folder = config.data.disk_cache
+    if scheme_of(folder) != "file":
+        text = f"data.disk_cache: {redact(folder)!r} is no local folder; give a path on a disk"
+    elif redact(folder) != folder:
+        text = f"data.disk_cache: {redact(folder)!r} {urls.HAS_SECRET}"
+    else:
+        return None
+    return Mistake(("data.disk_cache",), text)
+
+
+def the_run_is_in_a_local_folder(config: RunConfig, world_size: int) -> Mistake | None:
+    """Logs are appended to, which no object store can."""
+    folder = config.run.dir
+    if folder and scheme_of(folder) == "file":
+        return None
+    return Mistake(
+        ("run.dir",),
+        f"run.dir: {redact(folder)!r} is no local folder; logs are appended to, so give a path on a disk",
+    )
+
+
+def what_the_run_starts_from_can_be_read(config: RunConfig, world_size: int) -> list[Mistake]:
+    """The run's folder, and the checkpoints that it starts from, are at URLs that are allowed."""
+    run = config.run
     starts = {
         "run.dir": run.dir if scheme_of(run.dir) == "file" else None,
         "run.resume": None if run.resume in ("auto", "never") else run.resume,
         "run.init_from": run.init_from,
     }
-    for place, start in starts.items():
-        if start is not None:
-            try:
-                urls.check_url(start, place=place)
-            except UserError as error:
-                found.append(((place,), str(error)))
-    if config.checkpoint.keep_best is not None:
-        name, names = config.checkpoint.keep_best.removeprefix("-"), logged_scalars(config)
-        if name not in names:
-            found.append(
-                (
-                    ("checkpoint.keep_best", "objective"),
-                    f"checkpoint.keep_best: {shown(config.checkpoint.keep_best)} names no scalar that this run logs before "
-                    f"a checkpoint; choose one of {', '.join(names)} (a - before it keeps the highest)",
-                )
-            )
-    penalised = any(k != 0.0 for k in (objective.r1_gamma, objective.r2_gamma, objective.gradient_penalty))
-    if penalised and isinstance(networks, DCGANNetworks) and networks.d_norm == "batch":
-        found.append(
-            (
-                ("objective", "networks.d_norm"),
-                "networks.d_norm: 'batch' mixes the images of a batch, so the gradient penalties of the objective would not "
-                "be of each image; set networks.d_norm=none, or the penalties to 0",
-            )
-        )
-    if objective.label_smoothing and objective.kind not in ("minimax", "nonsaturating"):
-        found.append(
-            (
-                ("objective.label_smoothing", "objective.kind"),
-                f"objective.label_smoothing: {objective.label_smoothing} has no effect with {objective.kind!r}, which has no "
-                f"labels; set it to 0, or take minimax or nonsaturating",
-            )
-        )
-    if objective.penalty_every > 1 and not penalised:
-        found.append(
-            (
-                ("objective",),
-                f"objective.penalty_every: {objective.penalty_every} has no effect without a penalty; set r1_gamma, "
-                f"r2_gamma or gradient_penalty",
-            )
-        )
+    return [
+        Mistake((place,), text)
+        for place, url in starts.items()
+        if url is not None and (text := _refusal(url, place=place)) is not None
+    ]
+
+
+def the_best_checkpoint_is_that_of_a_logged_scalar(config: RunConfig, world_size: int) -> Mistake | None:
+    """`checkpoint.keep_best` names a scalar that is known when a checkpoint is written."""
+    wanted, names = config.checkpoint.keep_best, logged_scalars(config)
+    if wanted is None or wanted.removeprefix("-") in names:
+        return None
+    return Mistake(
+        ("checkpoint.keep_best", "objective"),
+        f"checkpoint.keep_best: {shown(wanted)} names no scalar that this run logs before a checkpoint; choose one of "
+        f"{', '.join(names)} (a - before it keeps the highest)",
+    )
+
+
+def penalties_are_of_each_image(config: RunConfig, world_size: int) -> Mistake | None:
+    """A gradient penalty needs a discriminator that looks at each image alone."""
+    mixture = FAMILIES[config.networks.kind].mixture(config.networks)
+    if mixture is None or not _is_penalised(config):
+        return None
+    place = f"networks.{mixture.setting}"
+    return Mistake(
+        ("objective", place),
+        f"{place}: {getattr(config.networks, mixture.setting)!r} mixes the images of a batch, so the gradient penalties of "
+        f"the objective would not be of each image; set {place}={mixture.instead}, or the penalties to 0",
+    )
+
+
+def smoothed_labels_need_targets(config: RunConfig, world_size: int) -> Mistake | None:
+    """Label smoothing has an effect on losses with targets only."""
+    objective = config.objective
+    if not objective.label_smoothing or LOSSES[objective.kind].has_targets:
+        return None
+    with_targets = " or ".join(kind for kind, loss in LOSSES.items() if loss.has_targets)
+    return Mistake(
+        ("objective.label_smoothing", "objective.kind"),
+        f"objective.label_smoothing: {objective.label_smoothing} has no effect with {objective.kind!r}, which has no labels; "
+        f"set it to 0, or take {with_targets}",
+    )
+
+
+def lazy_penalties_need_a_penalty(config: RunConfig, world_size: int) -> Mistake | None:
+    """An interval between penalties has an effect where there is a penalty."""
+    every = config.objective.penalty_every
+    if every == 1 or _is_penalised(config):
+        return None
+    *others, last = PENALTIES
+    return Mistake(
+        ("objective",),
+        f"objective.penalty_every: {every} has no effect without a penalty; set {', '.join(others)} or {last}",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    batch_divides_over_processes,
+    share_divides_into_micro_batches,
+    networks_make_what_the_data_are,
+    networks_have_the_size_of_the_shapes,
+    networks_have_the_classes_of_the_data,
+    every_process_has_a_lane,
+    folders_of_shards_can_be_read,
+    the_mixture_has_each_folder_once,
+    patience_ends_before_a_rank_is_missed,
+    the_disk_cache_is_on_a_disk,
+    the_run_is_in_a_local_folder,
+    what_the_run_starts_from_can_be_read,
+    the_best_checkpoint_is_that_of_a_logged_scalar,
+    penalties_are_of_each_image,
+    smoothed_labels_need_targets,
+    lazy_penalties_need_a_penalty,
+)
+"""Every rule, in the order in which mistakes are reported."""
+
+
+def cross_field_mistakes(config: RunConfig, world_size: int) -> list[Mistake]:
+    """Mistakes by all rules."""
+    found: list[Mistake] = []
+    for rule in RULES:
+        answer = rule(config, world_size)
+        found += [answer] if isinstance(answer, Mistake) else answer or []
     return found
 
 
@@ -164,12 +265,8 @@ def logged_scalars(config: RunConfig) -> tuple[str, ...]:
     (`metric/...`), which are counted after the run has ended.
     """
     objective = config.objective
-    penalties = {
-        "penalty/r1": objective.r1_gamma,
-        "penalty/r2": objective.r2_gamma,
-        "penalty/gradient_penalty": objective.gradient_penalty,
-        "penalty/lecam": objective.lecam,
-    }
+    weights = {scalar: getattr(objective, setting) for setting, scalar in PENALTIES.items()}
+    weights["penalty/lecam"] = objective.lecam
     return (
         "loss/discriminator",
         "loss/generator",
@@ -177,20 +274,30 @@ def logged_scalars(config: RunConfig) -> tuple[str, ...]:
         "logits/fake",
         "logits/real_positive",
         "logits/generated",
-        *(name for name, weight in penalties.items() if _is_ever_positive(weight)),
+        *(name for name, weight in weights.items() if _is_ever_positive(weight)),
         "gradient_norm/discriminator",
         "gradient_norm/generator",
         "skipped/discriminator",
         "skipped/generator",
         "recovery/rollbacks",
         "data/damaged",
-        *(f"knobs/{name}" for name in KNOBS),
+        *(f"knobs/{name}" for name in Knobs._fields),
     )
+
+
+def _refusal(url: str, *, place: str) -> str | None:
+    """The sentence by which a URL is refused; None if it is allowed."""
+    try:
+        urls.check_url(url, place=place)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _is_penalised(config: RunConfig) -> bool:
+    """True if any gradient penalty has a weight other than 0."""
+    return any(getattr(config.objective, setting) != 0.0 for setting in PENALTIES)
 
 
 def _is_ever_positive(knob: float | Ramp) -> bool:
     return knob.start > 0 or knob.end > 0 if isinstance(knob, Ramp) else knob > 0
-
-
-def _nearest_multiple(value: int, divisor: int) -> int:
-    return max(divisor, round(value / divisor) * divisor)

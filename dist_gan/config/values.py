@@ -6,9 +6,21 @@ import math
 import posixpath
 import re
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    Tag,
+    model_validator,
+)
 
 from dist_gan.urls import is_elsewhere, is_homeless, normal
 from dist_gan.wording import scheme_of, unprintable
@@ -85,6 +97,30 @@ class Section(BaseModel):
     """Base class of all groups of settings: immutable, with unknown keys as errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Choice:
+    """Annotation of a field that holds a section of one of several classes, chosen by its `kind`.
+
+    Args:
+        sections: class of the section for each kind, in the order in which they are listed.
+        default: the kind of a section that names none.
+    """
+
+    def __init__(self, sections: Mapping[str, type[BaseModel]], *, default: str) -> None:
+        self.sections = dict(sections)
+        self.default = default
+
+    def kind_of(self, value: Any) -> str:
+        """The kind that a section names, whether it is a mapping or an instance; the default if it names none."""
+        if isinstance(value, Mapping):
+            return str(value.get("kind", self.default))
+        return str(getattr(value, "kind", self.default))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Called by pydantic: a union of the sections, tagged by kind."""
+        tagged = tuple(Annotated[section, Tag(kind)] for kind, section in self.sections.items())
+        return handler.generate_schema(Annotated[reduce(or_, tagged), Discriminator(self.kind_of)])
 
 
 class Ramp(Section):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dist_gan.config import MLPNetworks, RunConfig, ShardsData
+from dist_gan.config import RunConfig, ShardsData
 from dist_gan.data.manifest import check_shards, read_manifest
 from dist_gan.data.stream import check_fit
+from dist_gan.models import picture_networks
 from dist_gan.types import UserError
 
 
@@ -21,9 +22,11 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     if not isinstance(config.data, ShardsData):
         return mistakes, notes
-    if isinstance(config.networks, MLPNetworks):
-        return ["networks.kind: 'mlp' is for points; images go with article or dcgan"], notes
-    networks, substitute = config.networks, config.data.bad_images == "substitute"
+    try:
+        networks = picture_networks(config.networks)
+    except UserError as error:
+        return [str(error)], notes
+    substitute = config.data.bad_images == "substitute"
     for url in config.data.sources:
         place = "data.url" if url == config.data.url else "data.mix"
         try:

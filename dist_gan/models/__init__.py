@@ -3,67 +3,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from dist_gan.config import ArticleNetworks, DCGANNetworks, MLPNetworks
-from dist_gan.models import article, dcgan, mlp
-from dist_gan.types import Networks
+from dist_gan.models.article import ARTICLE
+from dist_gan.models.dcgan import DCGAN
+from dist_gan.models.family import Family, NetworkSettings, PictureNetworks
+from dist_gan.models.mlp import MLP
+from dist_gan.types import Networks, UserError
 
-AnyNetworks = ArticleNetworks | DCGANNetworks | MLPNetworks
+FAMILIES: dict[str, Family[Any]] = {
+    "article": ARTICLE,
+    "dcgan": DCGAN,
+    "mlp": MLP,
+}
+"""Every family of networks by its name, `networks.kind`."""
 
 
-def build_generator(section: AnyNetworks) -> nn.Module:
+def families_for(made: str) -> str:
+    """Names of the families that make `images` or `points`, for a sentence."""
+    return " or ".join(kind for kind, family in FAMILIES.items() if family.makes == made)
+
+
+def picture_networks(section: NetworkSettings) -> PictureNetworks:
+    """The settings of networks for images.
+
+    Raises:
+        UserError: the networks are for points.
+    """
+    if isinstance(section, PictureNetworks):
+        return section
+    raise UserError(f"networks.kind: {section.kind!r} is for points; images go with {families_for('images')}")
+
+
+def build_generator(section: NetworkSettings) -> nn.Module:
     """The generator of a kind, with the weights that torch's global generator gives."""
-    match section:
-        case ArticleNetworks():
-            return article.Generator(
-                latent_dim=section.latent_dim,
-                resolution=section.resolution,
-                channels=section.channels,
-                classes=section.classes,
-            )
-        case DCGANNetworks():
-            return dcgan.Generator(
-                latent_dim=section.latent_dim,
-                resolution=section.resolution,
-                channels=section.channels,
-                classes=section.classes,
-                width=section.g_width,
-                norm=section.g_norm,
-                mapping=section.g_mapping,
-                smooth=section.g_smooth,
-            )
-        case MLPNetworks():
-            return mlp.Generator(
-                latent_dim=section.latent_dim, classes=section.classes, width=section.width, depth=section.depth
-            )
+    return FAMILIES[section.kind].build_generator(section)
 
 
-def build_discriminator(section: AnyNetworks) -> nn.Module:
+def build_discriminator(section: NetworkSettings) -> nn.Module:
     """The discriminator of a kind, with the weights that torch's global generator gives."""
-    match section:
-        case ArticleNetworks():
-            return article.Discriminator(
-                resolution=section.resolution,
-                channels=section.channels,
-                classes=section.classes,
-                dropout=section.dropout,
-            )
-        case DCGANNetworks():
-            return dcgan.Discriminator(
-                resolution=section.resolution,
-                channels=section.channels,
-                classes=section.classes,
-                width=section.d_width,
-                norm=section.d_norm,
-                stddev_group=section.d_stddev,
-            )
-        case MLPNetworks():
-            return mlp.Discriminator(classes=section.classes, width=section.width, depth=section.depth)
+    return FAMILIES[section.kind].build_discriminator(section)
 
 
-def build_networks(section: AnyNetworks, *, seed: int) -> Networks:
+def build_networks(section: NetworkSettings, *, seed: int) -> Networks:
     """Both players, their weights a function of `seed`; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,7 +60,7 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def sizes(section: AnyNetworks) -> tuple[int, int]:
+def sizes(section: NetworkSettings) -> tuple[int, int]:
     """Numbers of parameters of generator and discriminator, computed without allocating memory for them."""
     with torch.device("meta"):
         networks = build_networks(section, seed=0)

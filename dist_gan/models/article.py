@@ -9,10 +9,25 @@ end for stride 1, and 1 on both sides for stride 2.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
+from dist_gan.config.values import Real
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+from dist_gan.models.family import Family, PictureNetworks
+
+
+class ArticleNetworks(PictureNetworks):
+    """Networks of the article that the project grew out of: dense layers, then transposed convolutions."""
+
+    kind: Literal["article"] = "article"
+    """Networks of the article: literally at 32x32, with one more stride-2 stage at 64x64."""
+    resolution: Literal[32, 64] = 32
+    """Pixels a side."""
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.3
+    """Dropout in the discriminator."""
 
 
 def _batch_norm(channels: int, *, pictures: bool) -> nn.Module:
@@ -42,10 +57,10 @@ class SameTransposed(nn.Module):
 class Generator(nn.Module):
     """BZ -> B x channels x resolution x resolution in [-1, 1]."""
 
-    def __init__(self, *, latent_dim: int = 100, resolution: int = 32, channels: int = 3, classes: int = 0) -> None:
+    def __init__(self, section: ArticleNetworks) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
+        self.latent_dim = section.latent_dim
+        self.label = LatentWithLabel(latent_dim=section.latent_dim, classes=section.classes)
         dense: list[nn.Module] = []
         width = self.label.out_dim
         for out in (256, 512, 1024):
@@ -53,10 +68,10 @@ class Generator(nn.Module):
             width = out
         self.dense = nn.Sequential(*dense, nn.Linear(width, 4 * 4 * 512), nn.ReLU())
         stages: list[nn.Module] = [SameTransposed(512, 256), nn.ReLU(), _batch_norm(256, pictures=True)]
-        widths = {32: (256, 128, 64), 64: (256, 128, 64, 32)}[resolution]
+        widths = {32: (256, 128, 64), 64: (256, 128, 64, 32)}[section.resolution]
         for width, out in pairwise(widths):
             stages += [nn.ConvTranspose2d(width, out, 4, 2, 1), nn.ReLU(), _batch_norm(out, pictures=True)]
-        self.stages = nn.Sequential(*stages, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
+        self.stages = nn.Sequential(*stages, nn.ConvTranspose2d(widths[-1], section.channels, 4, 2, 1), nn.Tanh())
         _glorot(self)
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
@@ -67,15 +82,18 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """B x channels x resolution x resolution -> logits_B."""
 
-    def __init__(self, *, resolution: int = 32, channels: int = 3, classes: int = 0, dropout: float = 0.3) -> None:
+    def __init__(self, section: ArticleNetworks) -> None:
         super().__init__()
         self.stages = nn.Sequential(
-            nn.Conv2d(channels, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout),
-            nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+            nn.Conv2d(section.channels, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(section.dropout),
+            nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(section.dropout),
             nn.Flatten(),
         )  # fmt: skip
-        self.head = ProjectionHead(features=128 * (resolution // 4) ** 2, classes=classes)
+        self.head = ProjectionHead(features=128 * (section.resolution // 4) ** 2, classes=section.classes)
         _glorot(self)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.head(self.stages(images_BCHW), labels_B)
+
+
+ARTICLE = Family(ArticleNetworks, build_generator=Generator, build_discriminator=Discriminator)

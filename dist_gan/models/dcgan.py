@@ -17,17 +17,43 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from dist_gan.config.values import Count
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+from dist_gan.models.family import Family, Mixture, PictureNetworks
 from dist_gan.models.spectral import SpectralConv2d, begin_spectral
 
 Norm = Literal["batch", "none", "spectral"]
 """`spectral` is for the discriminator."""
 MAPPING_WIDTH = 128
+
+
+class DCGANNetworks(PictureNetworks):
+    """DCGAN (Radford et al. 2016) for sides of 2^n."""
+
+    kind: Literal["dcgan"] = "dcgan"
+    """Strided convolutions in both networks."""
+    resolution: Literal[16, 32, 64, 128, 256] = 32
+    """Pixels a side."""
+    g_width: Annotated[Count, Field(ge=1, le=4096)] = 64
+    """Channels of the generator's largest feature map; doubled for each halving of the side, up to 8 times."""
+    d_width: Annotated[Count, Field(ge=1, le=4096)] = 64
+    """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
+    g_norm: Literal["batch", "none"] = "batch"
+    """Normalisation in the generator."""
+    d_norm: Literal["batch", "none", "spectral"] = "batch"
+    """Normalisation of activations or weights in the discriminator; gradient penalties are not defined for `batch`."""
+    g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
+    """Number of dense layers of 128 units before the first stage; they let the latent split into modes."""
+    g_smooth: bool = False
+    """Bilinear initialisation of the generator's upsampling stages: first samples are smooth instead of white noise."""
+    d_stddev: Annotated[Count, Field(ge=0, le=2**20)] = 0
+    """Group size, in images, of the discriminator's minibatch standard deviation; 0 turns it off."""
 
 
 def _widths(width: int, *, resolution: int) -> list[int]:
@@ -107,26 +133,16 @@ class GrowFromPoint(nn.ConvTranspose2d):
 class Generator(nn.Module):
     """BZ -> B x channels x resolution x resolution in [-1, 1]."""
 
-    def __init__(
-        self,
-        *,
-        latent_dim: int = 100,
-        resolution: int = 64,
-        channels: int = 3,
-        classes: int = 0,
-        width: int = 64,
-        norm: Norm = "batch",
-        mapping: int = 0,
-        smooth: bool = False,
-    ) -> None:
+    def __init__(self, section: DCGANNetworks) -> None:
         super().__init__()
+        latent_dim, norm = section.latent_dim, section.g_norm
         self.latent_dim = latent_dim
-        self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
-        dense = [self.label.out_dim] + mapping * [MAPPING_WIDTH]
+        self.label = LatentWithLabel(latent_dim=latent_dim, classes=section.classes)
+        dense = [self.label.out_dim] + section.g_mapping * [MAPPING_WIDTH]
         self.mapping = nn.Sequential(
             *(layer for a, b in pairwise(dense) for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2)))
         )
-        widths = _widths(width, resolution=resolution)[::-1]
+        widths = _widths(section.g_width, resolution=section.resolution)[::-1]
         stages: list[nn.Module] = []
         previous = dense[-1]
         for index, out in enumerate(widths):
@@ -138,11 +154,11 @@ class Generator(nn.Module):
             )
             stages += [nn.BatchNorm2d(out), nn.ReLU()] if norm == "batch" else [nn.LeakyReLU(0.2)]
             previous = out
-        stages += [nn.ConvTranspose2d(previous, channels, 4, 2, 1), nn.Tanh()]
+        stages += [nn.ConvTranspose2d(previous, section.channels, 4, 2, 1), nn.Tanh()]
         self.stages = nn.Sequential(*stages)
         _initialise(self.stages, norm=norm, slope=0.2)
         _initialise(self.mapping, norm="none", slope=0.2)  # no norm follows a dense layer
-        if smooth:
+        if section.g_smooth:
             _smooth(self.stages)
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
@@ -156,20 +172,12 @@ class Discriminator(nn.Module):
     weights so that a class can join by projection.
     """
 
-    def __init__(
-        self,
-        *,
-        resolution: int = 64,
-        channels: int = 3,
-        classes: int = 0,
-        width: int = 64,
-        norm: Norm = "batch",
-        stddev_group: int = 0,
-    ) -> None:
+    def __init__(self, section: DCGANNetworks) -> None:
         super().__init__()
-        widths = _widths(width, resolution=resolution)
+        norm, stddev_group = section.d_norm, section.d_stddev
+        widths = _widths(section.d_width, resolution=section.resolution)
         stages: list[nn.Module] = []
-        previous = channels
+        previous: int = section.channels
         for index, out in enumerate(widths):
             normed = norm == "batch" and index > 0
             stages.append(
@@ -181,9 +189,16 @@ class Discriminator(nn.Module):
         stages += [MinibatchStdDev(stddev_group)] if stddev_group else []
         self.stages = nn.Sequential(*stages, nn.Flatten())
         features = 16 * (previous + (1 if stddev_group else 0))
-        self.head = ProjectionHead(features=features, classes=classes, spectral=norm == "spectral")
+        self.head = ProjectionHead(features=features, classes=section.classes, spectral=norm == "spectral")
         _initialise(self, norm=norm, slope=0.2)
         begin_spectral(self)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.head(self.stages(images_BCHW), labels_B)
+
+
+def _mixture(section: DCGANNetworks) -> Mixture | None:
+    return Mixture("d_norm", instead="none") if section.d_norm == "batch" else None
+
+
+DCGAN = Family(DCGANNetworks, build_generator=Generator, build_discriminator=Discriminator, mixture=_mixture)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
 from torch import Tensor, nn
 
+from dist_gan.config.values import Count, Section
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
+from dist_gan.models.family import Family
+
+
+class MLPNetworks(Section):
+    """Two perceptrons for points in the plane."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Dense layers with LeakyReLU."""
+    classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
+    """Classes to condition on; 0 for none."""
+    latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 16
+    """Numbers in a latent."""
+    width: Annotated[Count, Field(ge=1, le=2**16)] = 128
+    """Units per hidden layer."""
+    depth: Annotated[Count, Field(ge=1, le=256)] = 3
+    """Number of hidden layers."""
 
 
 def _hidden(in_dim: int, *, width: int, depth: int) -> nn.Sequential:
@@ -18,12 +38,12 @@ def _hidden(in_dim: int, *, width: int, depth: int) -> nn.Sequential:
 class Generator(nn.Module):
     """BZ -> B2, points without bounds."""
 
-    def __init__(self, *, latent_dim: int = 16, classes: int = 0, width: int = 128, depth: int = 3) -> None:
+    def __init__(self, section: MLPNetworks) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.label = LatentWithLabel(latent_dim=latent_dim, classes=classes)
-        self.hidden = _hidden(self.label.out_dim, width=width, depth=depth)
-        self.out = nn.Linear(width, 2)
+        self.latent_dim = section.latent_dim
+        self.label = LatentWithLabel(latent_dim=section.latent_dim, classes=section.classes)
+        self.hidden = _hidden(self.label.out_dim, width=section.width, depth=section.depth)
+        self.out = nn.Linear(section.width, 2)
 
     def forward(self, latents_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.out(self.hidden(self.label(latents_BZ, labels_B)))
@@ -32,10 +52,13 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """B2 -> logits_B."""
 
-    def __init__(self, *, classes: int = 0, width: int = 128, depth: int = 3) -> None:
+    def __init__(self, section: MLPNetworks) -> None:
         super().__init__()
-        self.hidden = _hidden(2, width=width, depth=depth)
-        self.head = ProjectionHead(features=width, classes=classes)
+        self.hidden = _hidden(2, width=section.width, depth=section.depth)
+        self.head = ProjectionHead(features=section.width, classes=section.classes)
 
     def forward(self, images_B2: Tensor, labels_B: Tensor | None = None) -> Tensor:
         return self.head(self.hidden(images_B2), labels_B)
+
+
+MLP = Family(MLPNetworks, build_generator=Generator, build_discriminator=Discriminator)

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_gan.config import ObjectiveSection
 from dist_gan.draws import Draws
 from dist_gan.objectives import losses, penalties
+from dist_gan.objectives.section import ObjectiveSection
 from dist_gan.types import Batch, Knobs, Losses, Network
 
 Memory = dict[str, Tensor]
@@ -61,7 +61,8 @@ class AdversarialObjective:
         self.section = section
         self.latent_dim = latent_dim
         self.penalties_apart = penalties_apart
-        self.needs_real_in_g_turn = section.kind == "relativistic"
+        self.loss = losses.LOSSES[section.kind]
+        self.needs_real_in_g_turn = self.loss.is_paired
 
     def discriminator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
@@ -74,9 +75,7 @@ class AdversarialObjective:
         real = real.detach().requires_grad_(knobs.r1_gamma > 0 and not self.penalties_apart)
         fake = fake.detach().requires_grad_(knobs.r2_gamma > 0 and not self.penalties_apart)
         real_B, fake_B = _full(D(real, batch.labels)), _full(D(fake, batch.labels))
-        total = losses.discriminator_loss(
-            self.section.kind, real_B=real_B, fake_B=fake_B, label_smoothing=self.section.label_smoothing
-        )
+        total = self.loss.discriminator(real_B=real_B, fake_B=fake_B, label_smoothing=self.section.label_smoothing)
         terms = {
             "loss/discriminator": total,
             "logits/real": real_B.mean(),
@@ -114,16 +113,16 @@ class AdversarialObjective:
     def generator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
     ) -> Losses:
-        """Adversarial loss of freshly generated images; the relativistic one compares with `batch`."""
+        """Adversarial loss of freshly generated images; a paired one compares them with the images of `batch`."""
         purpose = "discriminator" if self.section.shared_batch else "generator"
         fake = G(self._latents(purpose, batch, draws), batch.labels)
         fake_B = _full(D(self._noisy("noise/generator/fake", fake, batch, draws, knobs), batch.labels))
-        real_B = None
+        real_B = fake_B.new_empty(0)
         if self.needs_real_in_g_turn:
             with torch.no_grad():
                 real = self._noisy("noise/generator/real", batch.images, batch, draws, knobs)
                 real_B = _full(D(real, batch.labels))
-        total = losses.generator_loss(self.section.kind, fake_B=fake_B, real_B=real_B)
+        total = self.loss.generator(fake_B=fake_B, real_B=real_B)
         return Losses(total, {"loss/generator": total.detach(), "logits/generated": fake_B.detach().mean()}, {})
 
     def initial_memory(self, device: torch.device, dtype: torch.dtype) -> Memory:

@@ -1,63 +1,129 @@
 """Adversarial losses on logits: each takes logits of real and generated images, B, and gives a scalar.
 
-| kind | discriminator minimises | generator minimises | source |
-|---|---|---|---|
-| minimax | E s(-x) + E s(f) | -E s(f) | Goodfellow et al. 2014, eq. 1 |
-| nonsaturating | the same | E s(-f) | Goodfellow et al. 2014, section 3 |
-| hinge | E (1-x)+ + E (1+f)+ | -E f | Lim and Ye 2017; Miyato et al. 2018 |
-| least_squares | E (x-1)^2/2 + E f^2/2 | E (f-1)^2/2 | Mao et al. 2017, eq. 9 |
-| wasserstein | E f - E x | -E f | Arjovsky et al. 2017 |
-| relativistic | E s(-(x-f)) | E s(-(f-x)) | Jolicoeur-Martineau 2020; Huang et al. 2024 |
-
-with x = D(real), f = D(generated), s = softplus, so that s(-x) = -log sigmoid(x) and s(f) = -log(1 - sigmoid(f)).
-The relativistic pair compares image with image of the same slot.
+In the formulae, x = D(real), f = D(generated) and s = softplus, so that s(-x) = -log sigmoid(x) and
+s(f) = -log(1 - sigmoid(f)); E is the mean over the batch, and (a)+ is a where it is positive, else 0.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 
-def discriminator_loss(kind: str, *, real_B: Tensor, fake_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The discriminator's loss.
+class DiscriminatorLoss(Protocol):
+    """The discriminator's formula of a loss."""
 
-    Args:
-        kind: a row of the table above.
-        real_B: logits of real images.
-        fake_B: logits of generated images of the same slots.
-        label_smoothing: real images get the target 1 - this (Salimans et al. 2016); minimax and nonsaturating only.
-    """
-    match kind:
-        case "minimax" | "nonsaturating":
-            real = (1.0 - label_smoothing) * softplus(-real_B) + label_smoothing * softplus(real_B)
-            return real.mean() + softplus(fake_B).mean()
-        case "hinge":
-            return relu(1.0 - real_B).mean() + relu(1.0 + fake_B).mean()
-        case "least_squares":
-            return 0.5 * (real_B - 1.0).square().mean() + 0.5 * fake_B.square().mean()
-        case "wasserstein":
-            return fake_B.mean() - real_B.mean()
-        case "relativistic":
-            return softplus(fake_B - real_B).mean()
-    raise AssertionError(f"no loss {kind!r}")
+    def __call__(self, *, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            real_B: logits of real images.
+            fake_B: logits of generated images of the same slots.
+            label_smoothing: real images get the target 1 - this (Salimans et al. 2016); 0 for a loss without targets.
+        """
+        ...
 
 
-def generator_loss(kind: str, *, fake_B: Tensor, real_B: Tensor | None = None) -> Tensor:
-    """The generator's loss; `real_B` is read by the relativistic one alone."""
-    match kind:
-        case "minimax":
-            return -softplus(fake_B).mean()
-        case "nonsaturating":
-            return softplus(-fake_B).mean()
-        case "hinge" | "wasserstein":
-            return -fake_B.mean()
-        case "least_squares":
-            return 0.5 * (fake_B - 1.0).square().mean()
-        case "relativistic":
-            assert real_B is not None, "the relativistic loss pairs generated images with real ones"
-            return softplus(real_B - fake_B).mean()
-    raise AssertionError(f"no loss {kind!r}")
+class GeneratorLoss(Protocol):
+    """The generator's formula of a loss."""
+
+    def __call__(self, *, fake_B: Tensor, real_B: Tensor) -> Tensor:
+        """The loss, a scalar; `real_B` has no elements unless the loss is paired."""
+        ...
+
+
+class Loss(NamedTuple):
+    """One kind of adversarial loss: the formulae of both players, and what they need."""
+
+    discriminator: DiscriminatorLoss
+    generator: GeneratorLoss
+    description: str
+    """Both formulae, and their source."""
+    is_paired: bool = False
+    """True if the generator's formula compares each generated image with the real image of its slot."""
+    has_targets: bool = False
+    """True if the discriminator's formula has targets, which labels can be smoothed towards."""
+
+
+def _cross_entropy(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+    real = (1.0 - label_smoothing) * softplus(-real_B) + label_smoothing * softplus(real_B)
+    return real.mean() + softplus(fake_B).mean()
+
+
+def _minimax_generator(*, fake_B: Tensor, real_B: Tensor) -> Tensor:
+    return -softplus(fake_B).mean()
+
+
+def _nonsaturating_generator(*, fake_B: Tensor, real_B: Tensor) -> Tensor:
+    return softplus(-fake_B).mean()
+
+
+def _hinge_discriminator(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+    return relu(1.0 - real_B).mean() + relu(1.0 + fake_B).mean()
+
+
+def _least_squares_discriminator(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+    return 0.5 * (real_B - 1.0).square().mean() + 0.5 * fake_B.square().mean()
+
+
+def _least_squares_generator(*, fake_B: Tensor, real_B: Tensor) -> Tensor:
+    return 0.5 * (fake_B - 1.0).square().mean()
+
+
+def _wasserstein_discriminator(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+    return fake_B.mean() - real_B.mean()
+
+
+def _negative_mean(*, fake_B: Tensor, real_B: Tensor) -> Tensor:
+    return -fake_B.mean()
+
+
+def _relativistic_discriminator(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
+    return softplus(fake_B - real_B).mean()
+
+
+def _relativistic_generator(*, fake_B: Tensor, real_B: Tensor) -> Tensor:
+    return softplus(real_B - fake_B).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "minimax": Loss(
+        _cross_entropy,
+        _minimax_generator,
+        "D minimises E s(-x) + E s(f), G minimises -E s(f) (Goodfellow et al. 2014, eq. 1)",
+        has_targets=True,
+    ),
+    "nonsaturating": Loss(
+        _cross_entropy,
+        _nonsaturating_generator,
+        "D minimises E s(-x) + E s(f), G minimises E s(-f) (Goodfellow et al. 2014, section 3)",
+        has_targets=True,
+    ),
+    "hinge": Loss(
+        _hinge_discriminator,
+        _negative_mean,
+        "D minimises E (1-x)+ + E (1+f)+, G minimises -E f (Lim and Ye 2017; Miyato et al. 2018)",
+    ),
+    "least_squares": Loss(
+        _least_squares_discriminator,
+        _least_squares_generator,
+        "D minimises E (x-1)^2/2 + E f^2/2, G minimises E (f-1)^2/2 (Mao et al. 2017, eq. 9)",
+    ),
+    "wasserstein": Loss(
+        _wasserstein_discriminator,
+        _negative_mean,
+        "D minimises E f - E x, G minimises -E f (Arjovsky et al. 2017)",
+    ),
+    "relativistic": Loss(
+        _relativistic_discriminator,
+        _relativistic_generator,
+        "D minimises E s(f-x), G minimises E s(x-f) (Jolicoeur-Martineau 2020; Huang et al. 2024)",
+        is_paired=True,
+    ),
+}
+"""Every adversarial loss by its name, `objective.kind`."""
 
 
 def lecam(*, real_B: Tensor, fake_B: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:

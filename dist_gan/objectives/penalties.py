@@ -10,6 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+PENALTIES = {
+    "r1_gamma": "penalty/r1",
+    "r2_gamma": "penalty/r2",
+    "gradient_penalty": "penalty/gradient_penalty",
+}
+"""Every gradient penalty: the setting of `objective` that is its weight, and the scalar that it is logged as."""
+
 
 def input_gradient(images: Tensor, logits_B: Tensor) -> Tensor:
     """Gradient of each image's logit at that image, shape of `images`, with its graph kept.

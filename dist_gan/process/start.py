@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_gan import urls
-from dist_gan.config import MLPNetworks, RunConfig, ShardsData
+from dist_gan.config import RunConfig
 from dist_gan.config.reader import Reading, read_settings, to_yaml
 from dist_gan.mistakes import TrainingFailed, UserError
 from dist_gan.wording import shown
@@ -73,16 +73,15 @@ def settings(
 
 def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
     """True if checking the data makes no other rank wait for a store: a lone process, local shards, or no shards."""
-    if place.world_size == 1 or not isinstance(config.data, ShardsData):
-        return True
-    return all(urls.local_path(url) is not None for url in config.data.sources)
+    return place.world_size == 1 or all(urls.local_path(url) is not None for url in config.data.sources)
 
 
 def _data_mistakes(reading: Reading) -> list[str]:
     from dist_gan.data.checks import check_data
+    from dist_gan.models import FAMILIES
 
-    if isinstance(reading.config.networks, MLPNetworks):
-        return []  # already reported by a rule
+    if FAMILIES[reading.config.networks.kind].makes == "points":
+        return []  # points are not read, and a rule has spoken of shards for such networks
     try:
         mistakes, _ = check_data(reading.config)
     except TrainingFailed as error:
@@ -108,6 +107,7 @@ def _size_mistakes(config: RunConfig) -> list[str]:
 def describe(config: RunConfig, *, world_size: int) -> str:
     """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
     from dist_gan.models import sizes
+    from dist_gan.objectives.losses import LOSSES
 
     generator, discriminator = sizes(config.networks)
     share = config.run.batch // world_size
@@ -118,6 +118,7 @@ def describe(config: RunConfig, *, world_size: int) -> str:
             to_yaml(config),
             f"# generator      {generator:,} parameters",
             f"# discriminator  {discriminator:,} parameters",
+            f"# loss           {LOSSES[config.objective.kind].description}",
             f"# batch          {config.run.batch} images = {world_size} processes x {share // micro} micro-batches x {micro}",
             f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",
         ]

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_gan.config import AdamSection, SGDSection
 from dist_gan.models.spectral import spectral_weights
 from dist_gan.types import TensorFacts, TrainingFailed
-
-OptimSection = AdamSection | SGDSection
 
 
 class Update(NamedTuple):
@@ -263,20 +260,3 @@ class TorchPlayer(Player):
                 # A moment has the memory format of its parameter, as fused optimizers require.
                 like = value.to(parameter.device) if key == "step" else parameter
                 self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
-
-
-def build_optimizer(parameters: list[nn.Parameter], section: OptimSection) -> torch.optim.Optimizer:
-    """torch's fused optimizers; learning rate and beta2 are set at every update."""
-    if isinstance(section, SGDSection):
-        return torch.optim.SGD(
-            parameters, lr=0.0, momentum=section.momentum, weight_decay=section.weight_decay, fused=True
-        )
-    kind = torch.optim.AdamW if section.kind == "adamw" else torch.optim.Adam
-    return kind(
-        parameters,
-        lr=0.0,
-        betas=(section.beta1, 0.999),
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        fused=True,
-    )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_gan.config import RuntimeSection
+from dist_gan.optimizers import OptimizerSettings, build_optimizer
 from dist_gan.runtime.accelerators import make_accelerators
 from dist_gan.runtime.batchnorm import synchronise_batchnorm
 from dist_gan.runtime.buckets import BucketedNetwork, lay_out
@@ -25,7 +26,7 @@ from dist_gan.runtime.launcher import find_launcher
 from dist_gan.runtime.lost_ranks import LostRanks
 from dist_gan.runtime.meeting import EndNotice, Meeting, open_meeting
 from dist_gan.runtime.numerics import set_numerics
-from dist_gan.runtime.player import OptimSection, Player, TorchPlayer, build_optimizer
+from dist_gan.runtime.player import Player, TorchPlayer
 from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.types import Network, Networks, TrainingFailed, UserError
 from dist_gan.wording import safe
@@ -166,7 +167,9 @@ class Runtime:
 
     # -- the two players ------------------------------------------------------------------------------------------
 
-    def players(self, networks: Networks, *, g_optim: OptimSection, d_optim: OptimSection) -> tuple[Player, Player]:
+    def players(
+        self, networks: Networks, *, g_optim: OptimizerSettings, d_optim: OptimizerSettings
+    ) -> tuple[Player, Player]:
         """Generator and discriminator, moved to the device, wrapped, each with its optimizer.
 
         In ZeRO stage 3 the networks' weights are partitioned in place: whatever needs them whole copies them before.
@@ -176,7 +179,7 @@ class Runtime:
             self._player("discriminator", networks.discriminator, d_optim),
         )
 
-    def _player(self, name: str, module: nn.Module, section: OptimSection) -> Player:
+    def _player(self, name: str, module: nn.Module, section: OptimizerSettings) -> Player:
         module = module.to(device=self.device, dtype=self.dtype)
         if self.section.sync_batchnorm:
             module = synchronise_batchnorm(module)

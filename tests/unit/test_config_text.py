@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_gan.config import RunConfig
+from dist_gan.config import DCGANNetworks, RunConfig, kinds, mistakes
 from dist_gan.config.mistakes import place_of, validate
 from dist_gan.config.reader import load_config, read_settings, run_dir_of, to_yaml
 from dist_gan.config.text import MAX_BYTES, MAX_NODES, apply_overrides, parse
+from dist_gan.config.values import Choice, Section
 from dist_gan.types import UserError
 
 
@@ -291,6 +292,46 @@ def test_any_text_gives_settings_or_a_report_that_prints_and_keeps_secrets(text:
 )  # fmt: skip
 def test_a_location_is_the_path_in_the_users_file(location: tuple[str, ...], place: str) -> None:
     assert ".".join(place_of(location)) == place
+
+
+class Extra(Section):
+    """Networks of a kind that only the schema of a test has."""
+
+    kind: Literal["extra"] = "extra"
+    girth: int = 3
+
+
+@pytest.mark.timeout(30)
+def test_a_mistyped_key_of_a_kind_that_is_new_to_the_schema_is_named_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A list of kinds kept beside the schema, and missing one, once sent the reader in a circle."""
+
+    class Wider(RunConfig):
+        networks: Annotated[
+            DCGANNetworks | Extra, Choice({"dcgan": DCGANNetworks, "extra": Extra}, default="dcgan")
+        ] = DCGANNetworks()
+
+    for module in (mistakes, kinds):
+        monkeypatch.setattr(module, "RunConfig", Wider)
+    config, found = mistakes.validate({"networks": {"kind": "extra", "girht": 5}, "run": {"batch": 32}})
+    assert config.networks == Extra()  # type: ignore[comparison-overlap]
+    assert config.run.batch == 32
+    assert [place for place, _ in found] == ["networks.girht"]
+    assert "extra: kind, girth" in found[0][1]
+
+
+@pytest.mark.timeout(30)
+def test_reading_ends_with_a_schema_whose_own_defaults_are_not_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake lies in no entry of the user's, so that there is none to take out."""
+
+    class Lacking(RunConfig):
+        more: Section
+
+    for module in (mistakes, kinds):
+        monkeypatch.setattr(module, "RunConfig", Lacking)
+    with pytest.raises(ValueError, match=r"the defaults are not valid[\s\S]*more"):
+        mistakes.validate({"networks": {"girht": 5}})
 
 
 def test_a_key_that_is_called_like_a_kind_is_an_unknown_key() -> None:

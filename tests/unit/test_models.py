@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_gan import models
 from dist_gan.config import ArticleNetworks, DCGANNetworks, MLPNetworks
 from dist_gan.models import article, build_networks, count_parameters, dcgan, mlp
 
@@ -66,16 +67,16 @@ ARTICLE_D_64 = ARTICLE_D_CONV + 16 * 16 * 128 + 1
 def test_the_articles_pair_has_the_numbers_of_its_keras_code(
     resolution: int, in_generator: int, in_discriminator: int
 ) -> None:
-    assert count_parameters(article.Generator(resolution=resolution)) == in_generator
-    assert count_parameters(article.Discriminator(resolution=resolution)) == in_discriminator
+    assert count_parameters(article.Generator(ArticleNetworks(resolution=resolution))) == in_generator
+    assert count_parameters(article.Discriminator(ArticleNetworks(resolution=resolution))) == in_discriminator
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("resolution", [32, 64])
 def test_the_articles_pair_makes_and_reads_pictures_of_the_side_asked_for(resolution: int, channels: int) -> None:
     torch.manual_seed(0)
-    G = article.Generator(resolution=resolution, channels=channels)
-    D = article.Discriminator(resolution=resolution, channels=channels)
+    G = article.Generator(ArticleNetworks(resolution=resolution, channels=channels))
+    D = article.Discriminator(ArticleNetworks(resolution=resolution, channels=channels))
     made = G(latents(4))
     assert made.shape == (4, channels, resolution, resolution)
     assert made.abs().max().item() <= 1.0
@@ -84,16 +85,17 @@ def test_the_articles_pair_makes_and_reads_pictures_of_the_side_asked_for(resolu
 
 
 def test_the_articles_layers_stand_in_the_order_of_its_code() -> None:
-    names = [type(m).__name__ for m in article.Generator().modules() if not list(m.children())][1:]  # after the label
+    G, D = article.Generator(ArticleNetworks()), article.Discriminator(ArticleNetworks())
+    names = [type(m).__name__ for m in G.modules() if not list(m.children())][1:]  # after the label
     dense = ["Linear", "LeakyReLU", "BatchNorm1d"]
     stage = ["ConvTranspose2d", "ReLU", "BatchNorm2d"]
     assert names == [*dense * 3, "Linear", "ReLU", *stage * 3, "ConvTranspose2d", "Tanh"]
-    names = [type(m).__name__ for m in article.Discriminator().modules() if not list(m.children())]
+    names = [type(m).__name__ for m in D.modules() if not list(m.children())]
     assert names == [*["Conv2d", "LeakyReLU", "Dropout"] * 2, "Flatten", "Linear"]
 
 
 def test_the_articles_layers_have_the_numbers_of_its_code() -> None:
-    G, D = article.Generator(), article.Discriminator()
+    G, D = article.Generator(ArticleNetworks()), article.Discriminator(ArticleNetworks())
     strides = [m.stride for m in G.modules() if isinstance(m, nn.ConvTranspose2d)]
     assert strides == [(1, 1), (2, 2), (2, 2), (2, 2)]
     assert all(m.negative_slope == 0.2 for n in (G, D) for m in n.modules() if isinstance(m, nn.LeakyReLU))
@@ -142,7 +144,9 @@ def test_a_transposed_convolution_of_stride_1_keeps_the_side_as_keras_does(side:
 
 
 def test_the_stride_2_stages_pad_as_keras_does() -> None:
-    layer = [m for m in article.Generator().double().modules() if isinstance(m, nn.ConvTranspose2d)][-1]
+    layer = [m for m in article.Generator(ArticleNetworks()).double().modules() if isinstance(m, nn.ConvTranspose2d)][
+        -1
+    ]
     x = torch.randn(1, 64, 3, 3, dtype=torch.float64)
     expected = keras_transposed(x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy(), stride=2)
     assert np.allclose(layer(x).detach().numpy(), expected, atol=1e-12)
@@ -150,7 +154,7 @@ def test_the_stride_2_stages_pad_as_keras_does() -> None:
 
 def test_the_discriminators_convolutions_pad_as_keras_does() -> None:
     """Conv2D 'same', 4x4, stride 2, even side: one zero on each side."""
-    layer = next(m for m in article.Discriminator().double().modules() if isinstance(m, nn.Conv2d))
+    layer = next(m for m in article.Discriminator(ArticleNetworks()).double().modules() if isinstance(m, nn.Conv2d))
     x = np.random.default_rng(0).normal(size=(1, 3, 8, 8))
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
@@ -212,28 +216,31 @@ EXAMPLE_D = (
 
 def test_dcgan_at_64_is_the_known_network_with_biases_where_no_norm_takes_them_away() -> None:
     assert (EXAMPLE_G, EXAMPLE_D) == (3_576_704, 2_765_568)
-    assert count_parameters(dcgan.Generator(resolution=64)) == EXAMPLE_G + 3  # bias of the output
-    assert count_parameters(dcgan.Discriminator(resolution=64)) == EXAMPLE_D + 64 + 1  # first layer, last logit
+    assert count_parameters(dcgan.Generator(DCGANNetworks(resolution=64))) == EXAMPLE_G + 3  # bias of the output
+    assert (
+        count_parameters(dcgan.Discriminator(DCGANNetworks(resolution=64))) == EXAMPLE_D + 64 + 1
+    )  # first layer, last logit
 
 
 def test_without_norm_every_layer_has_a_bias_and_no_norm_its_numbers() -> None:
     norms_g, norms_d = 2 * (512 + 256 + 128 + 64), 2 * (128 + 256 + 512)
     in_generator = EXAMPLE_G - norms_g + (512 + 256 + 128 + 64 + 3)
     in_discriminator = EXAMPLE_D - norms_d + (64 + 128 + 256 + 512 + 1)
-    assert count_parameters(dcgan.Generator(resolution=64, norm="none")) == in_generator
-    assert count_parameters(dcgan.Discriminator(resolution=64, norm="none")) == in_discriminator
+    assert count_parameters(dcgan.Generator(DCGANNetworks(resolution=64, g_norm="none"))) == in_generator
+    assert count_parameters(dcgan.Discriminator(DCGANNetworks(resolution=64, d_norm="none"))) == in_discriminator
 
 
 def test_options_add_exactly_their_numbers() -> None:
-    plain, mapped = dcgan.Generator(norm="none"), dcgan.Generator(norm="none", mapping=2)
+    def numbers(network: type[dcgan.Generator | dcgan.Discriminator], **options: Any) -> int:
+        section = DCGANNetworks(resolution=64, g_norm="none", d_norm="none")
+        options_set = section.model_copy(update=options)
+        return count_parameters(network(options_set)) - count_parameters(network(section))
+
     extra = (100 * 128 + 128) + (128 * 128 + 128) + 16 * (128 - 100) * 512
-    assert count_parameters(mapped) - count_parameters(plain) == extra
-    spread = dcgan.Discriminator(norm="none", stddev_group=4)
-    assert count_parameters(spread) - count_parameters(dcgan.Discriminator(norm="none")) == 16
-    labelled = dcgan.Generator(norm="none", classes=10)
-    assert count_parameters(labelled) - count_parameters(plain) == 10 * 100 + 16 * 100 * 512
-    projected = dcgan.Discriminator(norm="none", classes=10)
-    assert count_parameters(projected) - count_parameters(dcgan.Discriminator(norm="none")) == 10 * 512 * 16
+    assert numbers(dcgan.Generator, g_mapping=2) == extra
+    assert numbers(dcgan.Discriminator, d_stddev=4) == 16
+    assert numbers(dcgan.Generator, classes=10) == 10 * 100 + 16 * 100 * 512
+    assert numbers(dcgan.Discriminator, classes=10) == 10 * 512 * 16
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -274,10 +281,10 @@ def test_the_first_stage_is_the_transposed_convolution_that_it_stands_for() -> N
 
 
 def test_dcgan_has_no_norm_at_the_generators_output_and_the_discriminators_input() -> None:
-    names = [type(m).__name__ for m in dcgan.Generator(resolution=32).stages]
+    names = [type(m).__name__ for m in dcgan.Generator(DCGANNetworks(resolution=32)).stages]
     later = ["BatchNorm2d", "ReLU", "ConvTranspose2d"]
     assert names == ["GrowFromPoint", *later * 3, "Tanh"]
-    names = [type(m).__name__ for m in dcgan.Discriminator(resolution=32).stages]
+    names = [type(m).__name__ for m in dcgan.Discriminator(DCGANNetworks(resolution=32)).stages]
     assert names == ["Conv2d", "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Flatten"]
 
 
@@ -397,7 +404,10 @@ def test_minibatch_standard_deviation_takes_any_batch_and_its_gradient_is_finite
 @pytest.mark.parametrize(("depth", "width"), [(1, 8), (3, 128)])
 def test_the_perceptrons_have_the_numbers_of_their_layers(depth: int, width: int) -> None:
     hidden = (depth - 1) * (width * width + width)
-    G, D = mlp.Generator(width=width, depth=depth), mlp.Discriminator(width=width, depth=depth)
+    G, D = (
+        mlp.Generator(MLPNetworks(width=width, depth=depth)),
+        mlp.Discriminator(MLPNetworks(width=width, depth=depth)),
+    )
     assert count_parameters(G) == (16 * width + width) + hidden + (width * 2 + 2)
     assert count_parameters(D) == (2 * width + width) + hidden + (width + 1)
     points = G(latents(5, 16))
@@ -407,16 +417,18 @@ def test_the_perceptrons_have_the_numbers_of_their_layers(depth: int, width: int
 
 # -- all families -----------------------------------------------------------------------------------------------------
 
-FAMILIES = {
+FAMILIES = {kind: family.settings(classes=5) for kind, family in models.FAMILIES.items()} | {
     "article": ArticleNetworks(classes=5, dropout=0),
     "dcgan": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_mapping=1, d_stddev=2),
     "dcgan smooth": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_smooth=True),
-    "mlp": MLPNetworks(classes=5),
 }
 
 
 def real_ones(name: str, batch: int) -> Tensor:
-    return latents(batch, 2) if name == "mlp" else images(batch, 3, 32)
+    section = FAMILIES[name]
+    if models.FAMILIES[section.kind].makes == "points":
+        return latents(batch, 2)
+    return images(batch, section.channels, section.resolution)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

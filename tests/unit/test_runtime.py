@@ -21,13 +21,14 @@ from torch.overrides import TorchFunctionMode
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import AdamSection, CheckpointSection, RunConfig, RuntimeSection, SGDSection
 from dist_gan.models.spectral import SpectralLinear, begin_spectral
+from dist_gan.optimizers import build_optimizer
 from dist_gan.resume import _not_bitwise
 from dist_gan.runtime import LaunchSettings, Runtime, read_launch_settings
 from dist_gan.runtime.accelerators import make_accelerators
 from dist_gan.runtime.buckets import BucketedNetwork, lay_out
 from dist_gan.runtime.fingerprint import fingerprint
 from dist_gan.runtime.numerics import set_numerics
-from dist_gan.runtime.player import TorchPlayer, build_optimizer
+from dist_gan.runtime.player import TorchPlayer
 from dist_gan.runtime.zero import engine_settings
 from dist_gan.types import Networks, UserError
 from tests.conftest import ROOT

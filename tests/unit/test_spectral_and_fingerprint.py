@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dist_gan.models.dcgan import Discriminator
+from dist_gan.models.dcgan import DCGANNetworks, Discriminator
 from dist_gan.models.spectral import SpectralConv2d, SpectralLinear, begin_spectral, spectral_weights
 from dist_gan.runtime.batchnorm import CrossRankBatchNorm, synchronise_batchnorm
 from dist_gan.runtime.fingerprint import fingerprint
@@ -41,7 +41,7 @@ def test_the_derivative_goes_through_the_norm_too() -> None:
 
 def test_a_forward_pass_moves_no_vector_and_an_iteration_does() -> None:
     torch.manual_seed(2)
-    network = Discriminator(resolution=16, width=4, norm="spectral", classes=3)
+    network = Discriminator(DCGANNetworks(resolution=16, d_width=4, d_norm="spectral", classes=3))
     names = spectral_weights(network)
     assert set(names) == {n for n, p in network.named_parameters() if p.dim() > 1}
     buffers = {n: b.clone() for n, b in network.named_buffers()}

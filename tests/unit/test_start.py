@@ -11,10 +11,10 @@ import train
 from dist_gan import cli, wording
 from dist_gan.checkpoint.reader import listed
 from dist_gan.config.reader import load_config
-from dist_gan.config.rules import KNOBS, logged_scalars
+from dist_gan.config.rules import logged_scalars
 from dist_gan.models import build_networks, count_parameters, sizes
 from dist_gan.process import start
-from dist_gan.types import Knobs, UserError
+from dist_gan.types import UserError
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
@@ -220,7 +220,3 @@ def test_a_run_may_keep_its_best_by_whatever_its_checkpoints_hold_and_by_nothing
     ):
         with pytest.raises(UserError, match=r"checkpoint\.keep_best: .* names no scalar|at least 1 character"):
             load_config(train.EMBEDDED, [*overrides, f"checkpoint.keep_best={wrong!r}"])
-
-
-def test_the_knobs_that_are_logged_are_those_there_are() -> None:
-    assert Knobs._fields == KNOBS

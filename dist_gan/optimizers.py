@@ -1,0 +1,129 @@
+"""Optimizers, one value a kind: the class of its settings, and how torch's optimizer is made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dist_gan.config.values import Decay, Knob, Ramp, Real, Section
+
+
+class OptimizerSettings(Protocol):
+    """What the settings of all optimizers have in common."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the optimizer."""
+        ...
+
+    @property
+    def lr(self) -> float | Ramp:
+        """Learning rate."""
+        ...
+
+    @property
+    def beta2(self) -> float | Ramp:
+        """Decay of the second moment; 0 for an optimizer that has none."""
+        ...
+
+    @property
+    def clip(self) -> float:
+        """Largest norm of the player's whole gradient; 0 for no clipping."""
+        ...
+
+
+class AdamSection(Section):
+    """Adam (Kingma and Ba 2015)."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    """Optimizer: `adamw` decouples weight decay (Loshchilov and Hutter 2019), `adam` adds it to the gradient."""
+    lr: Knob = 2e-4
+    """Learning rate."""
+    beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.5
+    """Decay of the first moment."""
+    beta2: Decay = 0.999
+    """Decay of the second moment."""
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    """Constant added to the denominator of the update, for numerical stability."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 on the weights."""
+    clip: Annotated[Real, Field(ge=0)] = 0.0
+    """Largest norm of the player's whole gradient; 0 for no clipping."""
+
+
+class SGDSection(Section):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    """Stochastic gradient descent with momentum as in torch."""
+    lr: Knob = 0.01
+    """Learning rate."""
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    """Momentum factor."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """L2 on the weights."""
+    clip: Annotated[Real, Field(ge=0)] = 0.0
+    """Largest norm of the player's whole gradient; 0 for no clipping."""
+
+    @property
+    def beta2(self) -> float:
+        """0: there is no second moment."""
+        return 0.0
+
+
+S = TypeVar("S", bound=OptimizerSettings)
+
+
+@dataclass(frozen=True)
+class Optimizer(Generic[S]):
+    """One kind of optimizer; learning rate and beta2 are set anew before each of its steps."""
+
+    settings: type[S]
+    """Class of the sections `g_optim` and `d_optim`."""
+    build: Callable[[list[nn.Parameter], S], torch.optim.Optimizer]
+    """torch's fused optimizer of some parameters."""
+    moments: Callable[[S], tuple[str, ...]]
+    """Names of the tensors that torch's optimizer keeps for each parameter, sorted."""
+
+
+def _adam(parameters: list[nn.Parameter], section: AdamSection) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, **_adam_settings(section))
+
+
+def _adamw(parameters: list[nn.Parameter], section: AdamSection) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, **_adam_settings(section))
+
+
+def _adam_settings(section: AdamSection) -> dict[str, Any]:
+    betas = (section.beta1, 0.999)
+    return {"lr": 0.0, "betas": betas, "eps": section.eps, "weight_decay": section.weight_decay, "fused": True}
+
+
+def _adam_moments(section: AdamSection) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "step")
+
+
+def _sgd(parameters: list[nn.Parameter], section: SGDSection) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0, momentum=section.momentum, weight_decay=section.weight_decay, fused=True)
+
+
+def _sgd_moments(section: SGDSection) -> tuple[str, ...]:
+    return ("momentum_buffer",) if section.momentum else ()
+
+
+OPTIMIZERS: dict[str, Optimizer[Any]] = {
+    "adam": Optimizer(AdamSection, build=_adam, moments=_adam_moments),
+    "adamw": Optimizer(AdamSection, build=_adamw, moments=_adam_moments),
+    "sgd": Optimizer(SGDSection, build=_sgd, moments=_sgd_moments),
+}
+"""Every optimizer by its name, `g_optim.kind` and `d_optim.kind`."""
+
+
+def build_optimizer(parameters: list[nn.Parameter], section: OptimizerSettings) -> torch.optim.Optimizer:
+    """torch's optimizer of some parameters; learning rate and beta2 are set at every update."""
+    return OPTIMIZERS[section.kind].build(parameters, section)

@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.overhead import Pool
+from dist_gan.build import new_game
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection
 from dist_gan.config.reader import load_config
@@ -35,8 +36,6 @@ from dist_gan.models import build_networks
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,12 +86,12 @@ def main() -> None:
     runtime = Runtime(config.runtime, LaunchSettings())
     draws = Draws(0, device=runtime.device)
     pool = Pool(torch.rand(64, 3, 32, 32, device=runtime.device) * 2 - 1, 8)
-    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=0), pool)
+    game = new_game(config, runtime, build_networks(config.networks, seed=0), pool, draws)
+    state = game.state
 
     def step() -> float:
         began = time.perf_counter()
-        knobs = knobs_at(state.progress.images, config=config)
-        train_step(runtime, state, objective, draws, knobs, ScalarMeans(), rules=rules)
+        game.step(knobs_at(state.progress.images, config=config), ScalarMeans())
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -30,8 +30,8 @@ def one_run(seed: int, overrides: list[str]) -> dict[str, Any]:
         ]
         subprocess.run([*command, *overrides], check=True, capture_output=True, cwd=ROOT)
         end = json.loads(Path(folder, "run", "events.jsonl").read_text().splitlines()[-1])
-    names = ("modes_covered", "modes_total", "smallest_share", "valid_fraction", "images", "seconds")
-    return {"seed": seed} | {name: end[name] for name in names}
+    modes = {name.removeprefix("metric/"): value for name, value in end["metrics"].items()}
+    return {"seed": seed, "images": end["images"], "seconds": end["seconds"]} | modes
 
 
 def main() -> None:

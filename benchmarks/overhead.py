@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softplus
 
+from dist_gan.build import new_game
 from dist_gan.config import PointsData, RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
@@ -31,8 +32,6 @@ from dist_gan.models import build_networks
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import at, knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from dist_gan.types import Batch, Networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,12 +114,11 @@ class PlainLoop:
 def our_step(runtime: Runtime, config: RunConfig, pool: Pool) -> Any:
     """A closure that runs one step of the toolkit, as the trainer's loop does between ticks."""
     draws = Draws(0, device=runtime.device)
-    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=0), pool)
+    game = new_game(config, runtime, build_networks(config.networks, seed=0), pool, draws)
     scalars = ScalarMeans()
 
     def step() -> None:
-        knobs = knobs_at(state.progress.images, config=config)
-        train_step(runtime, state, objective, draws, knobs, scalars, rules=rules)
+        game.step(knobs_at(game.state.progress.images, config=config), scalars)
 
     return step
 

@@ -21,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parity_cases import STEPS, loss_cases, of_steps, strategy_cases
+from dist_gan.build import new_game
 from dist_gan.checkpoint import tensorfile
 from dist_gan.config import DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
@@ -32,8 +33,6 @@ from dist_gan.runtime import Player, Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from dist_gan.types import Network
 
 
@@ -61,12 +60,12 @@ def train_case(config: RunConfig, runtime: Runtime) -> tuple[dict[str, Any], dic
         # Where an activation has a kink, rounding alone flips a derivative now and then, and no strategy can help it.
         for network in networks:
             _smooth(network)
-    state, objective, rules = new_state(config, runtime, networks, stream)
+    game = new_game(config, runtime, networks, stream, draws)
+    state = game.state
     start = tensors_of(state)
     scalars = ScalarMeans()
     while state.progress.images < config.run.images:
-        knobs = knobs_at(state.progress.images, config=config)
-        train_step(runtime, state, objective, draws, knobs, scalars, rules=rules)
+        game.step(knobs_at(state.progress.images, config=config), scalars)
     mine = list(stream.next().keys)
     keys = [key for row in zip(*runtime.control_group.gather_json(mine), strict=True) for key in row]
     latents = runtime.training_group.gather_rows(draws.normal("latents/generator", draw=3, slots=slots, shape=(16,)))

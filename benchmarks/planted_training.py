@@ -28,7 +28,7 @@ SET_ASIDE = TRACKER + "a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_se
 REWOUND = TRACKER + "every_rollback_sets_aside_what_came_after_its_target_in_a_file_of_its_own"
 WINDOW = RECOVERY + "the_run_goes_back_when_so_many_of_the_last_updates_were_skipped_and_never_else"
 BUDGET = RECOVERY + "the_budget_is_spent_one_rollback_at_a_time_and_then_the_run_ends"
-GRAVEST = RECOVERY + "of_several_actions_in_a_step_the_gravest_counts_and_every_update_is_noted"
+FIRST = RECOVERY + "of_several_verdicts_in_a_step_the_first_counts_and_every_update_is_noted"
 WARM = RESUME + "another_runs_average_becomes_generator_and_average_and_its_discriminator_is_taken"
 IN_VAIN = RESUME + "as_many_starts_in_vain_as_allowed_may_begin_and_the_next_may_not"
 COUNT_ANEW = RESUME + "a_new_checkpoint_or_an_end_as_it_should_be_begins_the_count_anew"
@@ -36,6 +36,7 @@ BEST = KEPT + "the_best_is_the_lowest_and_with_a_minus_the_highest"
 RULES = "tests/unit/test_config_rules.py::test_settings_are_refused_together_exactly_where_they_do_not_fit"
 DAMAGE = KEPT + "damage_in_any_of_its_files_is_found_named_and_never_read"
 MARKS = KEPT + "marks_decide_which_one_is_the_newest"
+CANDIDATE = "tests/unit/test_candidate.py"
 TWO_RANKS = "tests/dist/test_loop.py"
 TOTAL = OBJECTIVES + "the_discriminators_total_is_loss_plus_weighted_penalties_put_together_by_hand"
 
@@ -44,8 +45,8 @@ FAULTS = [
     (
         "images are counted once a step",
         "dist_gan/step.py",
-        "        progress.d_updates += 1\n        progress.images += rules.batch\n",
-        "        progress.d_updates += 1\n    progress.images += rules.batch\n",
+        "            progress.d_updates += 1\n            progress.images += rules.batch\n",
+        "            progress.d_updates += 1\n        progress.images += rules.batch\n",
         (COUNTED,),
     ),
     (
@@ -72,15 +73,15 @@ FAULTS = [
     (
         "images of a skipped update of the generator are lost to the average",
         "dist_gan/step.py",
-        "        )\n        progress.averaged_images = progress.images\n",
-        "        )\n    progress.averaged_images = progress.images\n",
+        "            )\n            progress.averaged_images = progress.images\n",
+        "            )\n        progress.averaged_images = progress.images\n",
         (AVERAGED,),
     ),
     (
         "the average moves although the generator's update was skipped",
         "dist_gan/step.py",
-        "    if updates[-1].applied:\n",
-        "    if updates:\n",
+        "        if updates[-1].applied:\n",
+        "        if updates:\n",
         (AVERAGED,),
     ),
     (
@@ -114,22 +115,22 @@ FAULTS = [
     (
         "all turns of the discriminator have the same batch",
         "dist_gan/step.py",
-        '        runtime.mark("reading images")\n        batch = state.stream.next()\n',
-        '        runtime.mark("reading images")\n        batch = state.stream.next() if not updates else batch\n',
+        '            self.runtime.mark("reading images")\n            batch = state.stream.next()\n',
+        '            self.runtime.mark("reading images")\n            batch = state.stream.next() if not updates else batch\n',
         (OWN_IMAGES,),
     ),
     (
         "a relativistic generator gets the discriminator's batch",
         "dist_gan/step.py",
-        "    if rules.fresh_batch_for_g:\n        batch = state.stream.next()",
-        "    if rules.fresh_batch_for_g:\n        state.stream.next()",
+        "        if rules.fresh_batch_for_g:\n            batch = state.stream.next()",
+        "        if rules.fresh_batch_for_g:\n            state.stream.next()",
         (OWN_IMAGES,),
     ),
     (
         "every generator's turn takes a fresh batch",
         "dist_gan/step.py",
-        "    if rules.fresh_batch_for_g:\n",
-        "    if True:\n",
+        "        if rules.fresh_batch_for_g:\n",
+        "        if True:\n",
         (OWN_IMAGES,),
     ),
     (
@@ -198,19 +199,21 @@ FAULTS = [
     (
         "the memory moves although the update was skipped",
         "dist_gan/step.py",
-        "    if update.applied:\n        runtime.average_buffers(active, resting)\n        if observed:",
-        "    if observed and not update.applied:\n"
-        "        objective.remember(progress.memory, {n: v * 0 for n, v in observed.items()})\n"
-        "    if update.applied:\n        runtime.average_buffers(active, resting)\n        if observed:",
+        "        if update.applied:\n            runtime.average_buffers(active, resting)\n            if observed:",
+        "        if observed and not update.applied:\n"
+        "            self.objective.remember(memory, {n: v * 0 for n, v in observed.items()})\n"
+        "        if update.applied:\n"
+        "            runtime.average_buffers(active, resting)\n"
+        "            if observed:",
         (LEFT_ALONE,),
     ),
     (
         "the memory moves once a micro-batch",
         "dist_gan/step.py",
-        "        terms.append(losses.terms)\n",
-        "        terms.append(losses.terms)\n"
-        "        if losses.observed and index:\n"
-        "            objective.remember(progress.memory, losses.observed)\n",
+        "            terms.append(losses.terms)\n",
+        "            terms.append(losses.terms)\n"
+        "            if losses.observed and index:\n"
+        "                self.objective.remember(memory, losses.observed)\n",
         (MEMORY,),
     ),
     (
@@ -230,30 +233,31 @@ FAULTS = [
     (
         "the resting player's buffers are not restored after a skip",
         "dist_gan/step.py",
-        "kept = _floating_buffers(active, resting)",
-        "kept = _floating_buffers(active)",
+        "buffers = _floating_buffers(active, resting)",
+        "buffers = _floating_buffers(active)",
         (LEFT_ALONE,),
     ),
     (
         "no buffers are restored after a skip",
         "dist_gan/step.py",
-        "            buffer.copy_(old)",
-        "            old.copy_(buffer)",
+        "                buffer.copy_(old)",
+        "                old.copy_(buffer)",
         (LEFT_ALONE,),
     ),
     (
         "buffers are restored after every update",
         "dist_gan/step.py",
-        "    else:\n        for buffer, old in",
-        "    if True:\n        for buffer, old in",
+        "        else:\n            for buffer, old in",
+        "        if True:\n            for buffer, old in",
         (STEP + "an_applied_update_moves_the_running_statistics_of_both_players",),
     ),
     (
         "a skipped update is logged",
         "dist_gan/step.py",
-        '        scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})\n',
-        '    scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})\n'
-        "    if update.applied:\n        pass\n",
+        '            scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})\n',
+        '        scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})\n'
+        "        if update.applied:\n"
+        "            pass\n",
         (LEFT_ALONE,),
     ),
     (
@@ -607,16 +611,16 @@ FAULTS = [
     (
         "every update of a step is the discriminator's",
         "dist_gan/health/recovery.py",
-        "PLAYERS[index == len(updates) - 1]",
-        "PLAYERS[index == len(updates)]",
-        (RECOVERY + "the_last_update_of_a_step_is_the_generators_and_the_others_the_discriminators",),
+        "        player = update.player\n",
+        '        player = "discriminator"\n',
+        (RECOVERY + "an_update_counts_for_the_player_whose_it_is",),
     ),
     (
         "the last update of a step decides",
         "dist_gan/health/recovery.py",
-        '            found = action if action.kind != "continue" else found\n',
-        "            pass\n        found = action\n",
-        (GRAVEST,),
+        "return next((verdict for verdict in verdicts if verdict is not None), None)",
+        "return verdicts[-1]",
+        (FIRST,),
     ),
     # -- resuming and rolling back ------------------------------------------------------------------------------------
     (
@@ -723,48 +727,48 @@ FAULTS = [
     (
         "an interval is due only at its very number",
         "dist_gan/trainer.py",
-        "return before // every != now // every or now >= total",
-        "return now % every == 0 or now >= total",
+        "return self.before // every != self.now // every or self.now >= self.total",
+        "return self.now % every == 0 or self.now >= self.total",
         (INTERVALS,),
     ),
     (
         "the last tick is missing",
         "dist_gan/trainer.py",
-        "return before // every != now // every or now >= total",
-        "return before // every != now // every",
+        "return self.before // every != self.now // every or self.now >= self.total",
+        "return self.before // every != self.now // every",
         (INTERVALS,),
     ),
     (
         "an interval is due a step late",
         "dist_gan/trainer.py",
-        "return before // every != now // every or now >= total",
-        "return (before - 1) // every != (now - 1) // every or now >= total",
+        "return self.before // every != self.now // every or self.now >= self.total",
+        "return (self.before - 1) // every != (self.now - 1) // every or self.now >= self.total",
         (INTERVALS,),
     ),
     (
         "speed is the run's since its start",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         '"time/images_per_second": (images - self._images) / seconds',
         '"time/images_per_second": images / self._progress.seconds',
         (INTERVALS,),
     ),
     (
         "speed is that of steps",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         "self._images, self._since, self._waited = images, now, waited\n",
         "self._since, self._waited = now, waited\n",
         (INTERVALS,),
     ),
     (
         "the wait for data is the run's since its start",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         '"time/data_wait_share": (waited - self._waited) / seconds',
         '"time/data_wait_share": waited / seconds',
         (LOOP + "the_share_of_time_spent_waiting_for_data_is_what_the_stream_says",),
     ),
     (
         "time is counted twice",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         "self._progress.seconds += seconds",
         "self._progress.seconds += now - self._since + self._progress.seconds",
         (INTERVALS,),
@@ -772,83 +776,83 @@ FAULTS = [
     (
         "settings are those of the next step",
         "dist_gan/trainer.py",
-        "_moving(knobs._asdict())",
-        "_moving(knobs_at(now, config=config)._asdict())",
+        "shown = report.tick(knobs)",
+        "shown = report.tick(knobs_at(passed.now, config=config))",
         (INTERVALS,),
     ),
     (
         "settings are those of the run's start",
         "dist_gan/trainer.py",
-        "knobs = knobs_at(before, config=config)",
-        "knobs = knobs_at(0, config=config)",
+        "knobs_at(before, config=config)",
+        "knobs_at(0, config=config)",
         (INTERVALS,),
     ),
     (
         "skipped updates are shown under the other player",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         'skipped = {f"skipped/{name}": float(count) for name, count in recovery.skipped.items()}',
         'skipped = {f"skipped/{n}": float(c) for n, c in zip(recovery.skipped, reversed(recovery.skipped.values()))}',
         (HEALTHY,),
     ),
     (
         "every skipped update is an event",
-        "dist_gan/trainer.py",
+        "dist_gan/report.py",
         "if not update.applied and count & (count - 1) == 0:",
         "if not update.applied:",
         (WENT_BACK,),
     ),
     (
         "a checkpoint is healthy although updates were skipped before it",
-        "dist_gan/trainer.py",
-        "run.healthy_next[:] = [url] if state.recovery.quiet else []",
-        "run.healthy_next[:] = [url]",
-        (HEALTHY,),
+        "dist_gan/health/candidate.py",
+        "        self._url = url if quiet else None",
+        "        self._url = url",
+        (HEALTHY, CANDIDATE),
     ),
     (
         "a checkpoint is healthy although updates were skipped after it",
-        "dist_gan/trainer.py",
-        "    if state.recovery.quiet and run.healthy_next and run.runtime.is_main:\n",
-        "    if run.healthy_next and run.runtime.is_main:\n",
-        (HEALTHY,),
+        "dist_gan/health/candidate.py",
+        "        return self._url if quiet else None",
+        "        return self._url",
+        (HEALTHY, CANDIDATE),
     ),
     (
         "a checkpoint is healthy at once",
-        "dist_gan/trainer.py",
-        "    run.healthy_next[:] = [url] if state.recovery.quiet else []\n",
-        "    run.healthy_next[:] = []\n    checkpointer.drain()\n    checkpointer.mark_healthy(url)\n",
+        "dist_gan/saving.py",
+        "        self._candidate.replace(url, quiet=quiet)\n",
+        "        self.wait()\n        checkpointer.mark_healthy(url)\n",
         (INTERVALS,),
     ),
     (
         "a rollback does not rewind the log",
-        "dist_gan/trainer.py",
-        "    tracker.rewind(progress.images)\n",
+        "dist_gan/report.py",
+        "        tracker.rewind(self._images)\n",
         "",
         (WENT_BACK,),
     ),
     (
         "a rollback's own checkpoint is not healthy",
-        "dist_gan/trainer.py",
-        "        run.checkpointer.mark_healthy(url)\n        run.checkpointer.end_rollback()\n",
-        "        run.checkpointer.end_rollback()\n",
+        "dist_gan/saving.py",
+        "            self.checkpointer.mark_healthy(url)\n            self.checkpointer.end_rollback()\n",
+        "            self.checkpointer.end_rollback()\n",
         (CUT_OFF,),
     ),
     (
         "a rollback is never over",
-        "dist_gan/trainer.py",
-        "        run.checkpointer.end_rollback()\n",
+        "dist_gan/saving.py",
+        "            self.checkpointer.end_rollback()\n",
         "",
         (WENT_BACK,),
     ),
     (
         "a rollback is not committed",
         "dist_gan/trainer.py",
-        "    _commit_rollback(run)\n    return True\n",
-        "    return True\n",
+        "    run.saving.commit_rollback()\n",
+        "",
         (WENT_BACK,),
     ),
     (
         "a rollback that was finished by a restart is not committed",
-        "dist_gan/trainer.py",
+        "dist_gan/build.py",
         "    if resumed.finished_rollback:\n",
         "    if resumed.finished_rollback is None:\n",
         (CUT_OFF,),
@@ -856,29 +860,29 @@ FAULTS = [
     (
         "the loop leaves without a checkpoint",
         "dist_gan/trainer.py",
-        "if asked or _due(before, now, config.checkpoint.every, total):",
-        "if _due(before, now, config.checkpoint.every, total):",
+        "if asked or passed.due(config.checkpoint.every):",
+        "if passed.due(config.checkpoint.every):",
         (STOPPED,),
     ),
     (
         "a request to stop is looked for at every step",
         "dist_gan/trainer.py",
-        "_due(before, run.state.progress.images, config.runtime.stop_every, config.run.images)",
-        "_due(before, run.state.progress.images, 1, config.run.images)",
+        "passed.due(run.config.runtime.stop_every)",
+        "passed.due(1)",
         (STOPPED,),
     ),
     (
         "a request in the last step is no end",
         "dist_gan/trainer.py",
-        "if asked and now < total:",
+        "if asked and passed.now < total:",
         "if asked:",
         (LOOP + "a_request_in_the_last_step_lets_the_run_finish",),
     ),
     (
         "grids show the generator of one moment",
         "dist_gan/trainer.py",
-        "            run.state.ema.module, run.draws, count=config.log.samples, classes=config.networks.classes\n",
-        "            run.state.generator.module, run.draws, count=config.log.samples, classes=config.networks.classes\n",
+        "fixed_grid(run.state.ema.module, run.game.draws,",
+        "fixed_grid(run.state.generator.module, run.game.draws,",
         (INTERVALS,),
     ),
     (
@@ -892,13 +896,13 @@ FAULTS = [
     (
         "only rank 0 may be asked to stop",
         "dist_gan/trainer.py",
-        "runtime.control_group.any_rank(run.stop.requested or run.checkpointer.failed)",
-        "runtime.control_group.any_rank((run.stop.requested and runtime.is_main) or run.checkpointer.failed)",
+        "runtime.control_group.any_rank(run.stop.requested or run.saving.checkpointer.failed)",
+        "runtime.control_group.any_rank((run.stop.requested and runtime.is_main) or run.saving.checkpointer.failed)",
         (TWO_RANKS,),
     ),
     (
         "every rank logs",
-        "dist_gan/trainer.py",
+        "dist_gan/build.py",
         "        enabled=runtime.is_main,\n",
         "        enabled=True,\n",
         (TWO_RANKS,),

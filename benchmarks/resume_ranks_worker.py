@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parity_cases import one_case
 from benchmarks.parity_worker import slug
+from dist_gan.build import new_game
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import (
     ArticleNetworks,
@@ -43,13 +44,10 @@ from dist_gan.data.pieces import Source
 from dist_gan.data.points import PointStream
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
 from dist_gan.runtime import Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from dist_gan.types import Networks
 
 BATCH = 96
@@ -162,7 +160,8 @@ class Trainee:
         if case.own:
             torch.manual_seed(1)
             pair = Networks(pair.generator, Wandering(features=3 * 16 * 16))
-        self.state, self.objective, self.rules = new_state(config, runtime, pair, self.stream)
+        self.game = new_game(config, runtime, pair, self.stream, self.draws)
+        self.state = self.game.state
         self.log: list[Any] = []
 
     def train(self, steps: int) -> None:
@@ -170,10 +169,7 @@ class Trainee:
         for _ in range(steps):
             scalars = ScalarMeans()
             knobs = knobs_at(self.state.progress.images, config=self.config)
-            updates = train_step(
-                self.runtime, self.state, self.objective, self.draws, knobs, scalars, rules=self.rules
-            )  # fmt: skip
-            actions(self.state.recovery, updates)
+            self.state.recovery.watch(self.game.step(knobs, scalars))
             self.log.append(scalars.flush(self.runtime))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

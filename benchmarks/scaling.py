@@ -28,6 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.overhead import Pool
+from dist_gan.build import new_game
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
@@ -37,8 +38,6 @@ from dist_gan.runtime.player import OptimSection, TorchPlayer, build_optimizer
 from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_A_PROCESS = 64
@@ -71,14 +70,11 @@ class Steps:
         pool = Pool((torch.rand(512, 3, 32, 32) * 2 - 1).to(runtime.device), BATCH_A_PROCESS)
         networks = build_networks(config.networks, seed=0)
         self.parameters = sum(count_parameters(network) for network in networks)
-        self.state, self.objective, self.rules = new_state(config, runtime, networks, pool)
+        self.game = new_game(config, runtime, networks, pool, self.draws)
         self.scalars = ScalarMeans()
 
     def step(self) -> None:
-        knobs = knobs_at(self.state.progress.images, config=self.config)
-        train_step(
-            self.runtime, self.state, self.objective, self.draws, knobs, self.scalars, rules=self.rules
-        )  # fmt: skip
+        self.game.step(knobs_at(self.game.state.progress.images, config=self.config), self.scalars)
 
 
 def timed(steps: Steps, count: int, runtime: Runtime) -> float:

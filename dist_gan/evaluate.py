@@ -1,4 +1,4 @@
-"""Evaluation of the averaged generator: grids from fixed latents, and mode counts on the embedded data set."""
+"""Samples of a generator, and pictures of them: images, density pictures of points, grids from fixed latents."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dist_gan.draws import Draws
-from dist_gan.embedded.judge import judge, mode_report
-from dist_gan.runtime import Runtime
 from dist_gan.types import byte_range
 
 Pictures = NDArray[np.uint8]
@@ -64,16 +62,3 @@ def density(points_N2: NDArray[np.float32], *, side: int = 256) -> Pictures:
 def fixed_grid(generator: nn.Module, draws: Draws, *, count: int, classes: int) -> Pictures:
     """Pictures of the same latents each time."""
     return to_pictures(torch.cat(list(sample(generator, draws, slots=torch.arange(count), classes=classes))))
-
-
-def count_modes(
-    generator: nn.Module, draws: Draws, runtime: Runtime, *, samples: int, classes: int
-) -> dict[str, float | int]:
-    """Modes of the embedded data set among samples, judged on all ranks; the report of `metrics.modes`."""
-    mine = torch.arange(runtime.rank, samples, runtime.world_size)
-    modes = [
-        judge(to_pictures(part)) for part in sample(generator, draws, slots=mine, classes=classes, purpose="modes")
-    ]
-    counts = np.bincount(np.concatenate(modes) + 1, minlength=13)
-    total = runtime.control_group.sum(torch.from_numpy(counts))
-    return mode_report(np.repeat(np.arange(-1, 12), total.numpy()))

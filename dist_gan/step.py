@@ -1,9 +1,10 @@
-"""One adversarial update: the discriminator's turns, the generator's turn, the average."""
+"""One adversarial step: the discriminator's turns, the generator's turn, the averaged generator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,10 @@ from dist_gan.schedules import lazily
 from dist_gan.state import TrainState
 from dist_gan.types import Batch, Knobs, Losses
 
-LossOf = Callable[..., Losses]
-
 
 @dataclass(frozen=True)
 class Rules:
-    """The fixed numbers of an update."""
+    """The fixed numbers of a step."""
 
     batch: int
     """Images of a global batch."""
@@ -35,103 +34,104 @@ class Rules:
     """Whether the generator's turn takes a batch of its own."""
 
 
-def train_step(
-    runtime: Runtime,
-    state: TrainState,
-    objective: Objective,
-    draws: Draws,
-    knobs: Knobs,
-    scalars: ScalarMeans,
-    *,
-    rules: Rules,
-) -> list[Update]:
-    """Runs `rules.d_updates` discriminator turns and one generator turn, and moves the average.
+class _Turn(NamedTuple):
+    """One player's update: which player learns, by which loss, and how fast."""
 
-    Returns what became of each update, the generator's last. Counters in `state.progress` are moved; an update
-    whose gradient is not finite leaves weights, buffers and memory as they were.
-    """
-    generator, discriminator, progress = state.generator, state.discriminator, state.progress
-    updates = []
-    for _ in range(rules.d_updates):
-        runtime.mark("reading images")
-        batch = state.stream.next()
-        due = lazily(knobs, update=progress.d_updates, every=rules.penalty_every)
-        updates.append(
-            _turn(
-                runtime, state, discriminator, generator, objective, objective.discriminator_loss, batch, draws, due,
-                scalars, micro_batch=rules.micro_batch, lr=knobs.d_lr, beta2=knobs.d_beta2,
+    active: Player
+    resting: Player
+    loss_of: Callable[..., Losses]
+    lr: float
+    beta2: float
+
+
+@dataclass(frozen=True)
+class Game:
+    """The parts of a training step; all but `state` stay the same for the whole run."""
+
+    runtime: Runtime
+    """This process, its device and its process groups."""
+    state: TrainState
+    """Both players, the averaged generator, the stream of real images and the counters."""
+    objective: Objective
+    """Losses of both players."""
+    draws: Draws
+    """Random numbers of the run."""
+    rules: Rules
+    """Batch size, micro-batches and numbers of turns."""
+
+    def step(self, knobs: Knobs, scalars: ScalarMeans) -> list[Update]:
+        """Runs `rules.d_updates` discriminator turns and one generator turn, and moves the averaged generator.
+
+        Counters in `state.progress` are moved. An update whose gradient is not finite is skipped: weights, buffers and
+        the objective's memory stay as they were. Collective.
+
+        Args:
+            knobs: settings of this moment.
+            scalars: receives losses and gradient norms of the updates that were applied.
+
+        Returns:
+            Result of each update in order; the generator's is the last.
+        """
+        state, rules, progress = self.state, self.rules, self.state.progress
+        generator, discriminator, objective = state.generator, state.discriminator, self.objective
+        updates = []
+        for _ in range(rules.d_updates):
+            self.runtime.mark("reading images")
+            batch = state.stream.next()
+            due = lazily(knobs, update=progress.d_updates, every=rules.penalty_every)
+            turn = _Turn(discriminator, generator, objective.discriminator_loss, lr=knobs.d_lr, beta2=knobs.d_beta2)
+            updates.append(self._update(turn, batch, due, scalars))
+            progress.d_updates += 1
+            progress.images += rules.batch
+        if rules.fresh_batch_for_g:
+            batch = state.stream.next()
+        turn = _Turn(generator, discriminator, objective.generator_loss, lr=knobs.g_lr, beta2=knobs.g_beta2)
+        updates.append(self._update(turn, batch, knobs, scalars))
+        progress.g_updates += 1
+        if updates[-1].applied:
+            state.ema.update(
+                generator.weights(),
+                generator.module.buffers(),
+                images=progress.images - progress.averaged_images,
+                half_life=knobs.ema_half_life,
             )
-        )  # fmt: skip
-        progress.d_updates += 1
-        progress.images += rules.batch
-    if rules.fresh_batch_for_g:
-        batch = state.stream.next()
-    updates.append(
-        _turn(
-            runtime, state, generator, discriminator, objective, objective.generator_loss, batch, draws, knobs,
-            scalars, micro_batch=rules.micro_batch, lr=knobs.g_lr, beta2=knobs.g_beta2,
-        )
-    )  # fmt: skip
-    progress.g_updates += 1
-    if updates[-1].applied:
-        state.ema.update(
-            generator.weights(),
-            generator.module.buffers(),
-            images=progress.images - progress.averaged_images,
-            half_life=knobs.ema_half_life,
-        )
-        progress.averaged_images = progress.images
-    return updates
+            progress.averaged_images = progress.images
+        return updates
 
-
-def _turn(
-    runtime: Runtime,
-    state: TrainState,
-    active: Player,
-    resting: Player,
-    objective: Objective,
-    loss_of: LossOf,
-    batch: Batch,
-    draws: Draws,
-    knobs: Knobs,
-    scalars: ScalarMeans,
-    *,
-    micro_batch: int | None,
-    lr: float,
-    beta2: float,
-) -> Update:
-    """One player's update on one batch: gradients of all pieces, one vote, one move."""
-    progress = state.progress
-    kept = _floating_buffers(active, resting)
-    before = [b.clone() for b in kept]
-    pieces = list(_pieces(batch, micro_batch))
-    terms: list[dict[str, Tensor]] = []
-    observed: dict[str, Tensor] = {}
-    for index, piece in enumerate(pieces):
-        # What lives inside a network (dropout, noise inputs) draws from torch's generator: it is seeded here, at every
-        # turn, so that no generator state has to survive a restart.
-        runtime.seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
-        with runtime.turn(active, resting, last_micro=index == len(pieces) - 1) as (G, D):
-            losses = loss_of(G, D, piece, draws, knobs, progress.memory)
-            runtime.mark(f"the {active.name}'s backward pass")
-        active.backward(losses.total / len(pieces))
-        terms.append(losses.terms)
-        for name, value in losses.observed.items():
-            observed[name] = observed.get(name, 0.0) + value / len(pieces)
-    runtime.mark(f"the {active.name}'s update")
-    update = active.update(lr=lr, beta2=beta2)
-    if update.applied:
-        runtime.average_buffers(active, resting)
-        if observed:
-            means = runtime.training_group.mean(torch.stack(list(observed.values())))
-            objective.remember(progress.memory, dict(zip(observed, means, strict=True)))
-        for piece_terms in terms:
-            scalars.add(piece_terms)
-        scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})
-    else:
-        for buffer, old in zip(kept, before, strict=True):
-            buffer.copy_(old)
-    return update
+    def _update(self, turn: _Turn, batch: Batch, knobs: Knobs, scalars: ScalarMeans) -> Update:
+        """One player's update on one batch: gradients of all micro-batches, one vote, one move."""
+        runtime, draws, memory = self.runtime, self.draws, self.state.progress.memory
+        active, resting = turn.active, turn.resting
+        buffers = _floating_buffers(active, resting)
+        before = [b.clone() for b in buffers]
+        pieces = list(_pieces(batch, self.rules.micro_batch))
+        terms: list[dict[str, Tensor]] = []
+        observed: dict[str, Tensor] = {}
+        for index, piece in enumerate(pieces):
+            # What lives inside a network (dropout, noise inputs) draws from torch's generator: it is seeded here, at
+            # every turn, so that no generator state has to survive a restart.
+            runtime.seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
+            with runtime.turn(active, resting, last_micro=index == len(pieces) - 1) as (G, D):
+                losses = turn.loss_of(G, D, piece, draws, knobs, memory)
+                runtime.mark(f"the {active.name}'s backward pass")
+            active.backward(losses.total / len(pieces))
+            terms.append(losses.terms)
+            for name, value in losses.observed.items():
+                observed[name] = observed.get(name, 0.0) + value / len(pieces)
+        runtime.mark(f"the {active.name}'s update")
+        update = active.update(lr=turn.lr, beta2=turn.beta2)
+        if update.applied:
+            runtime.average_buffers(active, resting)
+            if observed:
+                means = runtime.training_group.mean(torch.stack(list(observed.values())))
+                self.objective.remember(memory, dict(zip(observed, means, strict=True)))
+            for piece_terms in terms:
+                scalars.add(piece_terms)
+            scalars.add({f"gradient_norm/{active.name}": torch.tensor(update.norm)})
+        else:
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+        return update
 
 
 def _floating_buffers(*players: Player) -> list[Tensor]:

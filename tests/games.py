@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dist_gan import step
+from dist_gan.build import Run, build, new_game
 from dist_gan.config import PointsData, RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.data import PointStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
-from dist_gan.objectives import AdversarialObjective
 from dist_gan.runtime import LaunchSettings, Runtime, StopRequest, Update
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
-from dist_gan.step import Rules, train_step
-from dist_gan.trainer import End, Run, build, fit, new_state
+from dist_gan.trainer import End, fit
 from dist_gan.types import Networks
 
 SMALL = (
@@ -37,22 +37,23 @@ def points_config(*overrides: str) -> RunConfig:
 
 
 class Game(NamedTuple):
-    """Everything that a step takes."""
+    """A game with the settings that its steps are made with, and their scalars."""
 
     config: RunConfig
-    runtime: Runtime
-    state: TrainState
-    objective: AdversarialObjective
-    draws: Draws
-    rules: Rules
+    parts: step.Game
     scalars: ScalarMeans
+
+    @property
+    def state(self) -> TrainState:
+        return self.parts.state
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.parts.runtime
 
     def step(self) -> list[Update]:
         """The next step, with the settings of this moment."""
-        knobs = knobs_at(self.state.progress.images, config=self.config)
-        return train_step(
-            self.runtime, self.state, self.objective, self.draws, knobs, self.scalars, rules=self.rules
-        )  # fmt: skip
+        return self.parts.step(knobs_at(self.state.progress.images, config=self.config), self.scalars)
 
 
 def game(*overrides: str, networks: Networks | None = None, make_runtime: Callable[..., Runtime] = Runtime) -> Game:
@@ -63,8 +64,7 @@ def game(*overrides: str, networks: Networks | None = None, make_runtime: Callab
     draws = Draws(config.run.seed, dtype=runtime.dtype)
     stream = PointStream(config.data, classes=0, slots=runtime.slots(config.run.batch), draws=draws)
     networks = networks or build_networks(config.networks, seed=config.run.seed)
-    state, objective, rules = new_state(config, runtime, networks, stream)
-    return Game(config, runtime, state, objective, draws, rules, ScalarMeans())
+    return Game(config, new_game(config, runtime, networks, stream, draws), ScalarMeans())
 
 
 class PointGenerator(nn.Module):
@@ -116,23 +116,25 @@ def poison(parameter: nn.Parameter, *, backward_passes: Collection[int]) -> list
 
 @contextmanager
 def started(
-    folder: Path, *overrides: str, attempt: int = 1, make_runtime: Callable[..., Runtime] = Runtime
+    folder: Path, *overrides: str, attempt: int = 1, make_runtime: Callable[..., Runtime] = Runtime, **parts: Any
 ) -> Iterator[Run]:
-    """A run in this process, built and resumed, whose files are closed afterwards; no signal reaches it."""
+    """A run in this process, built and resumed, whose files are closed afterwards; no signal reaches it.
+
+    `parts` are further arguments of `build`, such as metrics.
+    """
     config = points_config(f"run.dir={folder}", *overrides)
     runtime = make_runtime(config.runtime, LaunchSettings(precision="fp64"))
     folder.mkdir(parents=True, exist_ok=True)
-    run = build(config, runtime, StopRequest(names=()), attempt=attempt)
+    run = build(config, runtime, StopRequest(names=()), attempt=attempt, **parts)
     try:
         yield run
     finally:
-        run.tracker.close()
-        run.state.stream.close()
+        run.close()
 
 
-def trained(folder: Path, *overrides: str, attempt: int = 1) -> End:
+def trained(folder: Path, *overrides: str, attempt: int = 1, **parts: Any) -> End:
     """A run in this process to its end."""
-    with started(folder, *overrides, attempt=attempt) as run:
+    with started(folder, *overrides, attempt=attempt, **parts) as run:
         return fit(run)
 
 

@@ -32,11 +32,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "runtime.*", "data.*", "packing.*", "embedded.*", "tracker", "checkpoint.schema", "checkpoint.reader",
         "checkpoint.retention", "checkpoint.writer", "scalars", "process.outcome", "run_folder", "export",
-        "health.monitor",
+        "health.monitor", "health.candidate", "metrics.*", "evaluate",
     ),
     (
-        "run_data", "health.recovery", "state", "step", "evaluate", "sampling", "resume", "trainer", "process.ending",
-        "process.life", "process.start",
+        "run_data", "health.recovery", "state", "step", "sampling", "resume", "report", "saving", "build", "trainer",
+        "process.ending", "process.life", "process.start",
     ),
     ("cli", "train"),
 )  # fmt: skip

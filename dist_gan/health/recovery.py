@@ -1,4 +1,4 @@
-"""What is done about a failure, within a budget. Its counters do not roll back with the weights."""
+"""Recovery from a failure of the training, within a budget. Its counters do not roll back with the weights."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from torch import Tensor
 
 from dist_gan.checkpoint import schema
 from dist_gan.config import RecoverySection
+from dist_gan.health.monitor import Verdict
 from dist_gan.records import Record
 from dist_gan.runtime import Update
-from dist_gan.types import TensorFacts, check_table
+from dist_gan.types import Knobs, TensorFacts, check_table
 
 PLAYERS = schema.PLAYERS
 
 
 class Action(NamedTuple):
-    """Decision after a step; equal on every rank, since the norms that it depends on are."""
+    """Decision about a verdict; equal on every rank, since the verdict is."""
 
     kind: Literal["continue", "roll_back", "stop"]
     reason: str = ""
+    """Evidence, and for `stop` also the remedy."""
 
 
 CONTINUE = Action("continue")
 
 
 class Recovery:
-    """Counts skipped updates, and says when the run has to go back or to end.
+    """Counts skipped updates, and decides when the run has to roll back or to end.
 
     Args:
         section: window and budget.
@@ -47,29 +49,44 @@ class Recovery:
         """True if no update of the window was skipped."""
         return not any(self._recent.values())
 
-    def watch(self, player: str, update: Update) -> Action:
-        """Takes note of an update."""
+    def soften(self, knobs: Knobs) -> Knobs:
+        """Settings of the next step, from those of the schedules: unchanged, since a rollback changes no setting."""
+        return knobs
+
+    def watch(self, updates: Sequence[Update]) -> Verdict | None:
+        """Counts the updates of a step; a verdict if too many of a player's latest updates were skipped."""
+        verdicts = [self._count(update) for update in updates]
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    def _count(self, update: Update) -> Verdict | None:
+        player = update.player
         self._updates[player] += 1
         recent = self._recent[player]
         while recent and recent[0] <= self._updates[player] - self._section.window:
             recent.pop(0)
         if update.applied:
-            return CONTINUE
+            return None
         recent.append(self._updates[player])
         self.skipped[player] += 1
         if len(recent) < self._section.max_nonfinite:
-            return CONTINUE
-        found = (
+            return None
+        return Verdict(
+            "nonfinite",
             f"{len(recent)} of the last {min(self._section.window, self._updates[player])} updates of the {player} had a "
-            f"gradient that is not finite, last in {update.culprit}"
+            f"gradient that is not finite, last in {update.culprit}",
+            f"lower the learning rate, raise the penalties or set {player[0]}_optim.clip",
         )
+
+    def decide(self, verdict: Verdict | None) -> Action:
+        """The action about a verdict: a rollback while the budget lasts, then the end of the run."""
+        if verdict is None:
+            return CONTINUE
         if self.rollbacks < self._section.rollbacks:
-            return Action("roll_back", found)
+            return Action("roll_back", verdict.reason)
         return Action(
             "stop",
-            f"{found}; the run has gone back {self.rollbacks} times (recovery.rollbacks), so starting again would not help: "
-            f"lower the learning rate, raise the penalties or set {'d' if player == PLAYERS[0] else 'g'}_optim.clip, in "
-            f"another run.dir",
+            f"{verdict.reason}; the run has gone back {self.rollbacks} times (recovery.rollbacks), so starting again would "
+            f"not help: {verdict.remedy}, in another run.dir",
         )
 
     def rolled_back(self) -> None:
@@ -109,13 +126,3 @@ class Recovery:
         self.skipped = {player: values["skipped"][player] for player in PLAYERS}
         self._updates = {player: values["updates"][player] for player in PLAYERS}
         self._recent = {player: list(values["recent"][player]) for player in PLAYERS}
-
-
-def actions(recovery: Recovery, updates: Sequence[Update]) -> Action:
-    """The gravest action that a step's updates call for: the discriminator's come first, the generator's last."""
-    found = CONTINUE
-    for index, update in enumerate(updates):
-        action = recovery.watch(PLAYERS[index == len(updates) - 1], update)
-        if action.kind == "stop" or found.kind == "continue":
-            found = action if action.kind != "continue" else found
-    return found

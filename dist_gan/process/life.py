@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_gan.build import Run, build
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import to_yaml
 from dist_gan.data import Stage
@@ -20,7 +21,7 @@ from dist_gan.process.last_words import silent_about_full_disks, within
 from dist_gan.run_data import prepare_data
 from dist_gan.run_folder import RunFolder, sees_attempt
 from dist_gan.runtime import EndNotice, MeetingFailed, Runtime, StopRequest, open_meeting, read_launch_settings
-from dist_gan.trainer import Run, build, fit
+from dist_gan.trainer import fit
 from dist_gan.types import UserError
 
 _REFUSAL_WITHIN_S = 20.0
@@ -50,7 +51,7 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
         except BaseException as error:  # a stage may raise any exception, and the other ranks wait
             code = ending.badly(error)
         for part in parts:  # cleans up after a failed run
-            within(part.tracker.close)
+            within(part.report.tracker.close)
             within(part.state.stream.close)
         ending.close(code)
         return code
@@ -102,8 +103,7 @@ def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list
     ending.progress = run.state.progress
     stop.training_begins()
     end = fit(run)
-    run.tracker.close()
-    run.state.stream.close()
+    run.close()
     parts.clear()
     return ending.well(images=end.images, commit=end.commit, stopped_by=end.stopped_by)
 

@@ -23,6 +23,8 @@ from dist_gan.types import TensorFacts, TrainingFailed
 class Update(NamedTuple):
     """Result of one update of a player."""
 
+    player: str
+    """Name of the player."""
     norm: float
     """Norm of the reduced gradient before clipping: the same on every rank, and so their vote on finiteness."""
     applied: bool
@@ -229,7 +231,7 @@ class TorchPlayer(Player):
         else:
             culprit = self._first_not_finite()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, applied, culprit)
+        return Update(self.name, norm, applied, culprit)
 
     def _first_not_finite(self) -> str:
         for name, parameter in self.parameters.items():

@@ -172,7 +172,7 @@ class PartitionedPlayer(Player):
             )
         if applied:
             self._iterate_spectral()
-        return Update(norm, applied, culprit)
+        return Update(self.name, norm, applied, culprit)
 
     def _norm(self) -> float:
         """Norm of the reduced gradient, over the parts of all ranks."""

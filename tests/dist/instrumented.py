@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 import train
+from dist_gan.build import Run
 from dist_gan.process import life
 from dist_gan.data.stream import ImageStream
 from dist_gan.runtime import Runtime
-from dist_gan.trainer import Run
 from dist_gan.types import Batch, byte_range
 
 OUT, (FAULT, _, DRAW) = Path(sys.argv[1]), sys.argv[2].partition(":")
@@ -48,7 +48,7 @@ def instrument() -> None:
     def next_batch(stream: ImageStream) -> Batch:
         batch = honest_next(stream)
         run = parts[0]
-        latents = run.draws.normal("latents/generator", draw=batch.draw, slots=batch.slots, shape=(8,))
+        latents = run.game.draws.normal("latents/generator", draw=batch.draw, slots=batch.slots, shape=(8,))
         rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in latents.cpu()]
         with open(OUT / f"rank-{RANK}.jsonl", "a") as file:
             line = {"draw": batch.draw, "slots": batch.slots.tolist(), "keys": batch.keys, "latents": rows}

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_gan import resume, storage, trainer
+from dist_gan import resume, storage
 from dist_gan.process import life
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config.reader import load_config
 from dist_gan.data.stream import ImageStream
+from dist_gan.saving import Saving
 from dist_gan.types import Batch
 
 OUT, (POINT, _, NAN_FROM) = Path(sys.argv[1]), sys.argv[2].partition(":")
@@ -92,7 +93,7 @@ def install() -> None:
         before(resume, "_go_back", lambda *a: False)
         before(Checkpointer, "load", lambda *a: True)
     elif POINT == "rollback-before-commit":
-        before(trainer, "_commit_rollback", lambda *a: True)
+        before(Saving, "commit_rollback", lambda *a: True)
     elif POINT == "rollback-before-end":
         before(Checkpointer, "end_rollback", lambda *a: True)
     else:

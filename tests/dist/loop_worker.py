@@ -11,9 +11,10 @@ import signal
 import sys
 from pathlib import Path
 
+from dist_gan.build import build
 from dist_gan.data import PointStream
 from dist_gan.runtime import LaunchSettings, Runtime, StopRequest
-from dist_gan.trainer import build, fit
+from dist_gan.trainer import fit
 from dist_gan.types import Batch
 from tests.games import points_config
 
@@ -35,7 +36,7 @@ def main(folder: Path, overrides: list[str]) -> None:
     run = build(config, runtime, stop, attempt=1)
     stop.training_begins()
     end = fit(run)
-    run.tracker.close()
+    run.close()
     asked = stop.signal
     (folder / f"rank-{runtime.rank}.json").write_text(json.dumps({"end": list(end), "asked": asked}))
     runtime.close()

@@ -16,19 +16,17 @@ import torch
 
 from benchmarks.parity_cases import one_case
 from benchmarks.parity_worker import tensors_of
+from dist_gan.build import new_game
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
 from dist_gan.runtime import Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 
 STEPS = 20
 CASES: tuple[dict[str, Any], ...] = (
@@ -53,7 +51,8 @@ class Trainee:
             batch=config.run.batch, slots=runtime.slots(config.run.batch), draws=self.draws,
         )  # fmt: skip
         networks = build_networks(config.networks, seed=1)
-        self.state, self.objective, self.rules = new_state(config, runtime, networks, self.stream)
+        self.game = new_game(config, runtime, networks, self.stream, self.draws)
+        self.state = self.game.state
         self.log: list[Any] = []
 
     def train(self, steps: int) -> None:
@@ -61,10 +60,7 @@ class Trainee:
         for _ in range(steps):
             scalars = ScalarMeans()
             knobs = knobs_at(self.state.progress.images, config=self.config)
-            updates = train_step(
-                self.runtime, self.state, self.objective, self.draws, knobs, scalars, rules=self.rules
-            )  # fmt: skip
-            actions(self.state.recovery, updates)
+            self.state.recovery.watch(self.game.step(knobs, scalars))
             self.log.append([scalars.flush(self.runtime), list(knobs), self.state.stream.values()["draw"]])
 
 

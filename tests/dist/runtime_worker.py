@@ -8,18 +8,16 @@ from pathlib import Path
 
 import torch
 
+from dist_gan.build import new_game
 from dist_gan.config import DCGANNetworks, ObjectiveSection, RunConfig, RunSection, RuntimeSection, ShardsData
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.pieces import Source
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
-from dist_gan.health.recovery import actions
 from dist_gan.models import build_networks
 from dist_gan.runtime import Fingerprints, LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from dist_gan.types import Batch, TrainingFailed
 
 
@@ -56,14 +54,15 @@ def main(shards: str, out: Path) -> None:
         slots=slots, draws=draws,
     )  # fmt: skip
     stream.poisoned_rank_here = runtime.rank == 1
-    state, objective, rules = new_state(config, runtime, build_networks(section, seed=0), stream)
+    game = new_game(config, runtime, build_networks(section, seed=0), stream, draws)
+    state = game.state
     discriminator, scalars = state.discriminator, ScalarMeans()
     applied, unchanged = [], []
     for _ in range(6):
         before = {n: t.clone() for n, t in discriminator.full_tensors() if not n.endswith("num_batches_tracked")}
         memory = {n: t.clone() for n, t in state.progress.memory.items()}
-        updates = train_step(runtime, state, objective, draws, knobs_at(0, config=config), scalars, rules=rules)
-        actions(state.recovery, updates)
+        updates = game.step(knobs_at(0, config=config), scalars)
+        state.recovery.watch(updates)
         after = dict(discriminator.full_tensors())
         applied.append([u.applied for u in updates])
         same_weights = all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("weights/"))

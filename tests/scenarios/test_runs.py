@@ -78,8 +78,9 @@ def test_the_embedded_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     end = events(run)[-1]
     assert end["event"] == "end"
-    assert {"modes_covered", "modes_total", "smallest_share", "valid_fraction", "images", "seconds"} <= end.keys()
-    assert end["modes_total"] == 12
+    modes = {f"metric/{name}" for name in ("modes_covered", "modes_total", "smallest_share", "valid_fraction")}
+    assert end["metrics"].keys() == modes
+    assert end["metrics"]["metric/modes_total"] == 12
     assert end["images"] == 1280
     assert outcome(run)["outcome"] == "finished"
     for text in ("samples", "tensorboard --logdir", "checkpoint", "dist-gan sample"):

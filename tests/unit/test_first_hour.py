@@ -15,6 +15,7 @@ import torch
 import train
 from benchmarks.first_hour import cut
 from dist_gan import cli
+from dist_gan.build import new_game
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import read_manifest
@@ -26,8 +27,6 @@ from dist_gan.pictures import write_png
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from dist_gan.types import Scalars
 from tests.conftest import ROOT
 
@@ -60,14 +59,13 @@ def first_updates(config: RunConfig, folder: Path, *, updates: int) -> tuple[Sca
         slots=runtime.slots(config.run.batch), draws=draws,
     )  # fmt: skip
     networks = build_networks(config.networks, seed=config.run.seed)
-    state, objective, rules = new_state(config, runtime, networks, stream)
+    game = new_game(config, runtime, networks, stream, draws)
+    state = game.state
     scalars = ScalarMeans()
     for update in range(updates):
         if update == updates * 2 // 3:
             scalars = ScalarMeans()
-        train_step(
-            runtime, state, objective, draws, knobs_at(state.progress.images, config=config), scalars, rules=rules
-        )  # fmt: skip
+        game.step(knobs_at(state.progress.images, config=config), scalars)
     stream.close()
     latents = torch.randn(16, config.networks.latent_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

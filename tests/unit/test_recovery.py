@@ -8,10 +8,23 @@ from typing import Any
 import pytest
 
 from dist_gan.config import RecoverySection
-from dist_gan.health.recovery import Recovery, actions
+from dist_gan.health.recovery import Action, Recovery
 from dist_gan.runtime import Update
 
-GOOD, BAD = Update(1.0, True, None), Update(float("nan"), False, "generator/out.weight")
+NAN = float("nan")
+
+
+def good(player: str = "generator") -> Update:
+    return Update(player, 1.0, True, None)
+
+
+def bad(player: str = "generator") -> Update:
+    return Update(player, NAN, False, f"{player}/out.weight")
+
+
+def after(watched: Recovery, *updates: Update) -> Action:
+    """The action after a step with these updates."""
+    return watched.decide(watched.watch(updates))
 
 
 def recovery(**settings: Any) -> Recovery:
@@ -27,7 +40,7 @@ def test_the_run_goes_back_when_so_many_of_the_last_updates_were_skipped_and_nev
         for update in range(300):
             applied = chance.random() > share
             history.append(not applied)
-            action = watched.watch("generator", GOOD if applied else BAD)
+            action = after(watched, good() if applied else bad())
             recent = sum(history[-window:])
             expected = "roll_back" if not applied and recent >= most else "continue"
             assert action.kind == expected, f"update {update}: {recent} of the last {window}"
@@ -42,33 +55,33 @@ def test_the_run_goes_back_when_so_many_of_the_last_updates_were_skipped_and_nev
 def test_each_player_has_a_window_and_a_count_of_its_own() -> None:
     watched = recovery(window=10, max_nonfinite=3)
     for _ in range(2):
-        assert watched.watch("generator", BAD).kind == "continue"
-        assert watched.watch("discriminator", BAD).kind == "continue"
+        assert after(watched, bad("generator")).kind == "continue"
+        assert after(watched, bad("discriminator")).kind == "continue"
     assert watched.skipped == {"generator": 2, "discriminator": 2}
-    assert watched.watch("generator", BAD).kind == "roll_back"
+    assert after(watched, bad("generator")).kind == "roll_back"
     assert watched.skipped == {"generator": 3, "discriminator": 2}
 
 
 def test_many_updates_of_one_player_do_not_age_the_skips_of_the_other() -> None:
     watched = recovery(window=4, max_nonfinite=2)
-    watched.watch("generator", BAD)
+    after(watched, bad("generator"))
     for _ in range(50):
-        watched.watch("discriminator", GOOD)
+        after(watched, good("discriminator"))
     assert not watched.quiet
-    assert watched.watch("generator", BAD).kind == "roll_back"
+    assert after(watched, bad("generator")).kind == "roll_back"
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
 def test_the_budget_is_spent_one_rollback_at_a_time_and_then_the_run_ends(budget: int) -> None:
     watched = recovery(window=10, max_nonfinite=2, rollbacks=budget)
     for spent in range(budget):
-        assert watched.watch("discriminator", BAD).kind == "continue", "a new window begins with each rollback"
-        assert watched.watch("discriminator", BAD).kind == "roll_back"
+        assert after(watched, bad("discriminator")).kind == "continue", "a new window begins with each rollback"
+        assert after(watched, bad("discriminator")).kind == "roll_back"
         watched.rolled_back()
         assert watched.rollbacks == spent + 1
         assert watched.quiet
-    watched.watch("discriminator", BAD)
-    end = watched.watch("discriminator", BAD)
+    after(watched, bad("discriminator"))
+    end = after(watched, bad("discriminator"))
     assert end.kind == "stop"
     assert f"gone back {budget} times" in end.reason
     assert "d_optim.clip" in end.reason
@@ -77,12 +90,11 @@ def test_the_budget_is_spent_one_rollback_at_a_time_and_then_the_run_ends(budget
 
 @pytest.mark.parametrize("at", range(8))
 def test_a_restart_in_between_changes_nothing(at: int) -> None:
-    pattern = [BAD, GOOD, GOOD, BAD, GOOD, BAD, BAD, GOOD, BAD]
     whole, resumed = recovery(window=4, max_nonfinite=3), recovery(window=4, max_nonfinite=3)
     kinds, kinds_of_resumed = [], []
-    for number, update in enumerate(pattern):
-        kinds.append(whole.watch("generator", update).kind)
-        kinds_of_resumed.append(resumed.watch("generator", update).kind)
+    for number, update in enumerate(bad() if skipped == "b" else good() for skipped in "bggbgbbgb"):
+        kinds.append(after(whole, update).kind)
+        kinds_of_resumed.append(after(resumed, update).kind)
         if number == at:
             values, resumed = resumed.values(), recovery(window=4, max_nonfinite=3)
             resumed.load_values(values)
@@ -91,21 +103,24 @@ def test_a_restart_in_between_changes_nothing(at: int) -> None:
     assert "roll_back" in kinds
 
 
-def test_the_last_update_of_a_step_is_the_generators_and_the_others_the_discriminators() -> None:
+def test_an_update_counts_for_the_player_whose_it_is() -> None:
     watched = recovery(max_nonfinite=100)
-    assert actions(watched, [BAD, GOOD, BAD, GOOD]).kind == "continue"
-    assert watched.skipped == {"discriminator": 2, "generator": 0}
-    actions(watched, [GOOD, BAD])
-    assert watched.skipped == {"discriminator": 2, "generator": 1}
+    d, g = "discriminator", "generator"
+    assert watched.watch([bad(d), good(d), bad(d), good(g)]) is None
+    assert watched.skipped == {d: 2, g: 0}
+    watched.watch([good(d), bad(g)])
+    assert watched.skipped == {d: 2, g: 1}
 
 
-def test_of_several_actions_in_a_step_the_gravest_counts_and_every_update_is_noted() -> None:
+def test_of_several_verdicts_in_a_step_the_first_counts_and_every_update_is_noted() -> None:
+    d, g = "discriminator", "generator"
     watched = recovery(window=10, max_nonfinite=1, rollbacks=5)
-    found = actions(watched, [BAD, GOOD, GOOD])
+    found = after(watched, bad(d), good(d), good(g))
     assert found.kind == "roll_back", "a good update after it does not undo it"
     assert "of the discriminator" in found.reason
-    assert watched.values()["updates"] == {"discriminator": 2, "generator": 1}
-    both = actions(recovery(window=10, max_nonfinite=1, rollbacks=5), [BAD, BAD])
-    assert "of the discriminator" in both.reason, "of two alike the first is named"
-    ended = recovery(window=10, max_nonfinite=1, rollbacks=0)
-    assert actions(ended, [GOOD, BAD]).kind == "stop"
+    assert watched.values()["updates"] == {d: 2, g: 1}
+    both = after(recovery(window=10, max_nonfinite=1, rollbacks=5), bad(d), bad(g))
+    assert "of the discriminator" in both.reason
+    ended = after(recovery(window=10, max_nonfinite=1, rollbacks=0), good(d), bad(g))
+    assert ended.kind == "stop"
+    assert "g_optim.clip" in ended.reason

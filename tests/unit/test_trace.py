@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_gan.build import new_game
 from dist_gan.config import (
     AdamSection,
     DCGANNetworks,
@@ -33,8 +34,6 @@ from dist_gan.packing.pack import pack
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.step import train_step
-from dist_gan.trainer import new_state
 from tests.conftest import random_images
 
 TRACE = Path(__file__).with_name("trace-50.json")
@@ -62,13 +61,12 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
         [(Source(str(folder), read_manifest(str(folder))), 1)], section=config.data, resolution=16, channels=3, classes=3,
         batch=16, slots=runtime.slots(16), draws=draws,
     )  # fmt: skip
-    state, objective, rules = new_state(config, runtime, build_networks(config.networks, seed=3), stream)
+    game = new_game(config, runtime, build_networks(config.networks, seed=3), stream, draws)
+    state = game.state
     lines = []
     for _ in range(50):
         scalars = ScalarMeans()
-        train_step(
-            runtime, state, objective, draws, knobs_at(state.progress.images, config=config), scalars, rules=rules
-        )  # fmt: skip
+        game.step(knobs_at(state.progress.images, config=config), scalars)
         lines.append(scalars.flush(runtime))
     stream.close()
     lines.append({f"ema/{n}": float(t.double().abs().sum()) for n, t in state.ema.tensors()})

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from dist_gan import pictures
+from dist_gan.build import Run
 from dist_gan.checkpoint import reader
 from dist_gan.draws import Draws
 from dist_gan.evaluate import density
 from dist_gan.models import build_generator
 from dist_gan.runtime import StopRequest
-from dist_gan.trainer import Run, fit
+from dist_gan.trainer import fit
 from dist_gan.types import Batch, TrainingFailed
 from tests.games import lines, points_config, poison, started, trained
 
@@ -105,7 +106,7 @@ def test_the_share_of_time_spent_waiting_for_data_is_what_the_stream_says(tmp_pa
 
         stream.next = slow  # type: ignore[method-assign]
         fit(run)
-        a_step = 2 if run.rules.fresh_batch_for_g else 1
+        a_step = 2 if run.game.rules.fresh_batch_for_g else 1
     for before, now in pairwise(lines(tmp_path / "metrics.jsonl")):
         seconds = now["time/seconds"] - before["time/seconds"]
         assert now["time/data_wait_share"] * seconds == pytest.approx(10 * a_step * 0.25)
@@ -133,7 +134,7 @@ def test_a_run_that_crashed_ends_where_an_unbroken_one_does_and_each_point_is_lo
         stream.next = crash  # type: ignore[method-assign]
         with pytest.raises(ZeroDivisionError):
             fit(run)
-        run.checkpointer.drain()
+        run.saving.checkpointer.drain()
     written = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
     seconds = content(broken, 4)[0]["values"]["progress"]["seconds"]
     end = trained(broken, *EVERY_TEN_STEPS, *REMEMBERING, attempt=2)
@@ -259,12 +260,12 @@ def test_a_rollback_that_was_cut_off_is_finished_by_the_next_start_and_not_done_
     with started(tmp_path, *EVERY_TEN_STEPS, FOUR_OF_TEN) as run:
         poison(run.state.generator.parameters["out.weight"], backward_passes=[24, 25, 26, 27])
         if committed:
-            run.checkpointer.end_rollback = cut_off  # type: ignore[method-assign]
+            run.saving.checkpointer.end_rollback = cut_off  # type: ignore[method-assign]
         else:
-            run.checkpointer.load = cut_off  # type: ignore[method-assign]
+            run.saving.checkpointer.load = cut_off  # type: ignore[method-assign]
         with pytest.raises(CutOff):
             fit(run)
-        run.checkpointer.drain()
+        run.saving.checkpointer.drain()
     assert (tmp_path / "checkpoints" / "rollback.json").exists()
     assert checkpoints(tmp_path) == [(1, 80), (3, 80) if committed else (2, 160)]
     assert checkpoints(tmp_path, "ABANDONED") == ([] if committed else [(2, 160)])

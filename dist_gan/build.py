@@ -1,0 +1,211 @@
+"""Building a run: every part in a fixed order, and the newest checkpoint loaded into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_gan import __version__, storage
+from dist_gan.checkpoint.writer import Checkpointer
+from dist_gan.config import DataOrder, PointsData, RunConfig
+from dist_gan.config.reader import config_hash, to_yaml
+from dist_gan.data import ImageStream, PointStream, Source, Stage, Stream
+from dist_gan.data.manifest import read_manifest
+from dist_gan.draws import Draws
+from dist_gan.ema import GeneratorEMA
+from dist_gan.health.monitor import Detector
+from dist_gan.health.recovery import Recovery
+from dist_gan.metrics import Metric, Samples
+from dist_gan.metrics.modes import mode_count
+from dist_gan.models import build_networks, picture_networks
+from dist_gan.objectives import AdversarialObjective, Objective
+from dist_gan.report import Report
+from dist_gan.resume import resume
+from dist_gan.run_data import data_sources
+from dist_gan.run_folder import LOGS, note_start
+from dist_gan.runtime import Runtime, StopRequest
+from dist_gan.saving import Saving
+from dist_gan.state import Progress, TrainState
+from dist_gan.step import Game, Rules
+from dist_gan.tracker import Tracker
+from dist_gan.types import Networks
+
+NetworksBuilder = Callable[..., Networks]
+"""Builder of both networks, called as `build_networks(section, seed=seed)`."""
+
+
+class Run(NamedTuple):
+    """The parts of a run, built and resumed."""
+
+    config: RunConfig
+    game: Game
+    saving: Saving
+    report: Report
+    stop: StopRequest
+    metrics: tuple[Metric, ...]
+    """Metrics of the averaged generator, logged as `metric/...`."""
+    measures: tuple[Metric, ...]
+    """Measures of the run's health, logged as `health/...`."""
+    detectors: tuple[Detector, ...]
+    """Judges of the logged scalars."""
+
+    @property
+    def state(self) -> TrainState:
+        """State of the run."""
+        return self.game.state
+
+    def samples(self) -> Samples:
+        """Source of the metrics' samples at this moment."""
+        game, classes = self.game, self.config.networks.classes
+        return Samples(game.state.ema.module, game.draws, game.runtime, classes, game.state.progress.images)
+
+    def close(self) -> None:
+        """Closes the log files, and ends the threads that read images ahead."""
+        self.report.tracker.close()
+        self.state.stream.close()
+
+
+def build(
+    config: RunConfig,
+    runtime: Runtime,
+    stop: StopRequest,
+    *,
+    attempt: int,
+    networks: NetworksBuilder = build_networks,
+    objective: Objective | None = None,
+    stages: Sequence[Stage] = (),
+    metrics: Sequence[Metric] = (),
+    measures: Sequence[Metric] = (),
+    detectors: Sequence[Detector] = (),
+) -> Run:
+    """Builds every part of a run in a fixed order, and loads the newest checkpoint into them. Collective.
+
+    Args:
+        config: every setting.
+        runtime: this process and its process groups.
+        stop: request to stop, which a signal sets.
+        attempt: number of this start of the run.
+        networks: builder of both networks; by default the family that the settings name.
+        objective: losses of both players; by default those of the settings.
+        stages: user-defined steps between decoding and batching.
+        metrics: metrics of the averaged generator, besides those of the data set.
+        measures: measures of the run's health.
+        detectors: judges of the logged scalars; a verdict rolls the run back.
+
+    Raises:
+        UserError: data, checkpoint and configuration do not belong together.
+    """
+    draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
+    pair = networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
+    sources = _sources(config)
+    stream = _stream(config, runtime, draws, sources, stages)
+    game = new_game(config, runtime, pair, stream, draws, objective=objective)
+    state = game.state
+    folder = Path(config.run.dir)
+    checkpointer = Checkpointer(
+        storage.join(config.run.dir, "checkpoints"),
+        runtime=runtime,
+        section=config.checkpoint,
+        facts={
+            "dist_gan": __version__,
+            "attempt": attempt,
+            "config_hash": config_hash(config),
+            "config": to_yaml(config),
+            "gradient_layout": {player.name: player.layout for player in (state.generator, state.discriminator)},
+            "classes": _class_names(config, sources),
+        },
+        logs=[folder / name for name in LOGS],
+    )
+    resumed = resume(config, checkpointer, state)
+    images, limit = state.progress.images, config.recovery.max_restarts
+    runtime.control_group.agree(
+        note_start(folder, attempt=attempt, images=images, limit=limit) if runtime.is_main else None
+    )
+    tracker = Tracker(
+        folder,
+        enabled=runtime.is_main,
+        attempt=attempt,
+        total=config.run.images,
+        resumed_at=images,
+        config_yaml=to_yaml(config),
+    )
+    report = Report(tracker, runtime, state)
+    report.started(resumed, attempt=attempt, config_hash=config_hash(config))
+    saving = Saving(checkpointer, runtime, state, report)
+    if resumed.finished_rollback:
+        saving.commit_rollback()
+    every_metric = (*_metrics_of_data(config), *metrics)
+    return Run(config, game, saving, report, stop, every_metric, tuple(measures), tuple(detectors))
+
+
+def new_game(
+    config: RunConfig,
+    runtime: Runtime,
+    networks: Networks,
+    stream: Stream,
+    draws: Draws,
+    *,
+    objective: Objective | None = None,
+) -> Game:
+    """The parts of a training step, as they are before the first image; the players own the networks afterwards."""
+    # Before the players: ZeRO's third stage takes the networks apart.
+    ema = GeneratorEMA(networks.generator, device=runtime.device, dtype=runtime.dtype)
+    generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
+    objective = objective or AdversarialObjective(
+        config.objective, latent_dim=config.networks.latent_dim, penalties_apart=runtime.precision == "bf16"
+    )
+    rules = Rules(
+        batch=config.run.batch,
+        d_updates=config.run.d_updates,
+        micro_batch=config.runtime.micro_batch,
+        penalty_every=config.objective.penalty_every,
+        fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
+    )
+    progress = Progress(memory=objective.initial_memory(runtime.device, runtime.dtype))
+    state = TrainState(generator, discriminator, ema, stream, progress, Recovery(config.recovery))
+    return Game(runtime, state, objective, draws, rules)
+
+
+def _metrics_of_data(config: RunConfig) -> tuple[Metric, ...]:
+    """Metrics that the data set itself brings: the modes of the embedded one are counted at the end of the run."""
+    return (mode_count(every=config.run.images),) if config.data.num_drawn else ()
+
+
+def _sources(config: RunConfig) -> list[tuple[Source, int]]:
+    """Sources of the run's images with their mixing weights; empty if the data are points."""
+    if config.data.makes == "points":
+        return []
+    return [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
+
+
+def _class_names(config: RunConfig, sources: Sequence[tuple[Source, int]]) -> list[str] | None:
+    """Class names, recorded for later sampling; None without classes, or if the folders have different names."""
+    names = {source.manifest.classes for source, _ in sources if config.networks.classes}
+    found = names.pop() if len(names) == 1 else None
+    return None if found is None else list(found)
+
+
+def _stream(
+    config: RunConfig,
+    runtime: Runtime,
+    draws: Draws,
+    sources: Sequence[tuple[Source, int]],
+    stages: Sequence[Stage],
+) -> Stream:
+    slots, classes = runtime.slots(config.run.batch), config.networks.classes
+    if isinstance(config.data, PointsData):
+        return PointStream(config.data, classes=classes, slots=slots, draws=draws)
+    assert isinstance(config.data, DataOrder)
+    networks = picture_networks(config.networks)
+    return ImageStream(
+        sources,
+        section=config.data,
+        resolution=networks.resolution,
+        channels=networks.channels,
+        classes=classes,
+        batch=config.run.batch,
+        slots=slots,
+        draws=draws,
+        stages=stages,
+    )

@@ -21,8 +21,8 @@ from tests.conftest import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "wording", "mistakes", "types", "urls", "json_text", "config.values", "config.text", "storage", "storage.*", "pictures",
-        "records",
+        "wording", "mistakes", "types", "urls", "json_text", "config.values", "config.text", "storage", "storage.*",
+        "pictures.*", "records",
         "checkpoint", "checkpoint.tensorfile", "process", "process.terminal", "process.last_words",
     ),
     (
@@ -65,8 +65,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "fsspec": ("storage.client",),
     "s3fs": (),
     "boto3": (),
-    "PIL": ("pictures",),
-    "simplejpeg": ("pictures",),
+    "PIL": ("pictures.*",),
+    "simplejpeg": ("pictures.*",),
     "safetensors": ("checkpoint.tensorfile",),
     "tensorboard": ("tracker",),
     "torch.utils.tensorboard": ("tracker",),

@@ -25,7 +25,7 @@ from dist_gan.build import new_game
 from dist_gan.checkpoint import tensorfile
 from dist_gan.config import DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -52,7 +52,7 @@ def train_case(config: RunConfig, runtime: Runtime) -> tuple[dict[str, Any], dic
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
     slots = runtime.slots(config.run.batch)
     stream = ImageStream(
-        [(Source(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3,
+        [(ShardFolder(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3,
         classes=config.networks.classes, batch=config.run.batch, slots=slots, draws=draws,
     )  # fmt: skip
     networks = build_networks(config.networks, seed=1)

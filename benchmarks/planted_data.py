@@ -70,8 +70,8 @@ FAULTS = [
     (
         "lanes are runs and not dealt",
         "dist_gan/data/order.py",
-        "lane, depth = places % lanes, places // lanes",
-        "depth, lane = places % lanes, places // lanes",
+        "lane, depth = offsets % lanes, offsets // lanes",
+        "depth, lane = offsets % lanes, offsets // lanes",
         (f"{ORDER}::test_every_position_of_four_passes_is_where_the_description_says",),
     ),
     (
@@ -141,8 +141,8 @@ FAULTS = [
     (
         "a rank's slots are not added to the draw's first position",
         "dist_gan/data/plan.py",
-        "self.places(draw * self._batch + self._slots)",
-        "self.places(draw * len(self._slots) + self._slots)",
+        "self.addresses(draw * self._batch + self._slots)",
+        "self.addresses(draw * len(self._slots) + self._slots)",
         (f"{PLAN}::test_a_rank_gets_of_each_batch_the_images_of_its_slots",),
     ),
     (
@@ -190,8 +190,8 @@ FAULTS = [
     (
         "sources are mixed evenly",
         "dist_gan/data/plan.py",
-        "[weight for _, weight in sources]",
-        "[1 for _ in sources]",
+        "[weight for _, weight in folders]",
+        "[1 for _ in folders]",
         (f"{PLAN}::test_sources_are_mixed_by_their_weights_and_each_keeps_its_own_order",),
     ),
     (
@@ -211,7 +211,7 @@ FAULTS = [
     (
         "single images are announced one draw ahead",
         "dist_gan/data/plan.py",
-        "self.of_draw(draw + ahead)",
+        "self.of_draw(draw + distance)",
         "self.of_draw(draw + 1)",
         (f"{PLAN}::test_images_that_are_read_singly_are_announced_as_many_draws_ahead_as_are_decoded",),
     ),
@@ -270,7 +270,7 @@ FAULTS = [
         "the state counts what is prefetched",
         "dist_gan/data/stream.py",
         'return {"draw": self.draw, "fingerprint"',
-        'return {"draw": self.draw + (self._section.prefetch if self._ahead else 0), "fingerprint"',
+        'return {"draw": self.draw + (self._section.prefetch if self._prefetcher else 0), "fingerprint"',
         (f"{STREAM}::test_the_state_counts_what_was_consumed_and_not_what_was_decoded_ahead",),
     ),
     (
@@ -297,8 +297,8 @@ FAULTS = [
     (
         "the weight of a source is no part of the order's fingerprint",
         "dist_gan/data/stream.py",
-        "{weight}*{source.manifest.fingerprint}",
-        "{source.manifest.fingerprint}",
+        "{weight}*{folder.manifest.fingerprint}",
+        "{folder.manifest.fingerprint}",
         (f"{STREAM}::test_whatever_changes_the_order_changes_its_fingerprint_and_nothing_else_does",),
     ),
     (
@@ -324,7 +324,7 @@ FAULTS = [
     ),
     (
         "networks of another number of classes are let pass",
-        "dist_gan/data/stream.py",
+        "dist_gan/data/checks.py",
         "if classes and classes != found:",
         "if classes and classes > found:",
         (f"{STREAM}::test_networks_that_do_not_fit_the_images_are_refused",),
@@ -368,15 +368,15 @@ FAULTS = [
     (
         "a stand-in may have another label",
         "dist_gan/data/decoding.py",
-        "key=lambda row: labels[row] != labels[place.row]",
+        "key=lambda row: labels[row] != labels[address.row]",
         "key=lambda row: 0",
         (f"{STREAM}::test_a_damaged_image_is_replaced_by_the_next_of_its_label_in_its_shard_on_every_rank",),
     ),
     (
         "a held-out image stands in",
         "dist_gan/data/decoding.py",
-        "rows = self._rows[place.source][place.shard]",
-        "rows = np.arange(len(self._shards[place.source][place.shard].keys))",
+        "rows = self._rows[address.folder][address.shard]",
+        "rows = np.arange(len(self._shards[address.folder][address.shard].keys))",
         (f"{STREAM}::test_a_damaged_image_is_replaced_by_the_next_of_its_label_in_its_shard_on_every_rank",),
     ),
     (
@@ -389,20 +389,20 @@ FAULTS = [
     (
         "an image that arrives damaged is not read again",
         "dist_gan/data/decoding.py",
-        "return place, self._pixels(alone, self.reader.fresh(alone.piece), out)",
-        "return place, self._pixels(place, self.reader.get(place.piece)._replace(data=b''), out)",
+        "return address, self._pixels(alone, self.reader.fetch_again(alone.piece), out)",
+        "return address, self._pixels(address, self.reader.get(address.piece)._replace(data=b''), out)",
         (f"{STREAM}::test_what_arrives_damaged_once_is_read_again_and_no_damage_and_not_kept",),
     ),
     (
         "the damaged piece is kept",
         "dist_gan/data/decoding.py",
-        "self.reader.drop(place.piece)\n",
+        "self.reader.drop(address.piece)\n",
         "pass\n",
         (f"{STREAM}::test_what_arrives_damaged_once_is_read_again_and_no_damage_and_not_kept",),
     ),
     (
         "a kept image goes to its neighbour's place",
-        "dist_gan/data/decoding.py",
+        "dist_gan/data/pixel_cache.py",
         "self._first[-1].append(count)\n                count +=",
         "self._first[-1].append(0)\n                count +=",
         (

@@ -40,7 +40,7 @@ from dist_gan.config import (
     ShardsData,
 )
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.points import PointStream
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
@@ -152,7 +152,7 @@ class Trainee:
             assert isinstance(config.data, ShardsData)
             assert isinstance(networks, DCGANNetworks | ArticleNetworks)
             self.stream = ImageStream(
-                [(Source(config.data.url, read_manifest(config.data.url)), 1)], section=config.data,
+                [(ShardFolder(config.data.url, read_manifest(config.data.url)), 1)], section=config.data,
                 resolution=networks.resolution, channels=3, classes=networks.classes, batch=config.run.batch,
                 slots=slots, draws=self.draws,
             )  # fmt: skip

@@ -193,12 +193,12 @@ def wait_share(folder: str, *, step_s: float = 0.1, steps: int = 60) -> float:
     import torch
 
     from dist_gan.config import ShardsData
-    from dist_gan.data import ImageStream, Source
+    from dist_gan.data import ImageStream, ShardFolder
     from dist_gan.data.manifest import read_manifest
     from dist_gan.draws import Draws
 
     stream = ImageStream(
-        [(Source(folder, read_manifest(folder)), 1)], section=ShardsData(url=folder, cache=0), resolution=256, channels=3,
+        [(ShardFolder(folder, read_manifest(folder)), 1)], section=ShardsData(url=folder, cache=0), resolution=256, channels=3,
         classes=0, batch=BATCH, slots=torch.arange(BATCH), draws=Draws(0),
     )  # fmt: skip
     stream.next()
@@ -217,7 +217,7 @@ def large(files: Path, folder: Path, *, gib: float) -> dict[str, Any]:
     import webdataset
 
     from dist_gan.config import ShardsData
-    from dist_gan.data import ImageStream, Source
+    from dist_gan.data import ImageStream, ShardFolder
     from dist_gan.data.manifest import read_manifest
     from dist_gan.draws import Draws
     from dist_gan.packing.indexing import index
@@ -230,7 +230,7 @@ def large(files: Path, folder: Path, *, gib: float) -> dict[str, Any]:
         for number in range(count):
             writer.write({"__key__": f"{number:08d}", "jpg": pictures[number % len(pictures)]})
     index(str(folder), progress=False)
-    source = Source(str(folder), read_manifest(str(folder)))
+    source = ShardFolder(str(folder), read_manifest(str(folder)))
 
     def stream(memory: int) -> ImageStream:
         section = ShardsData(url=str(folder), cache=0, memory=memory)

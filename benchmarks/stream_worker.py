@@ -23,13 +23,13 @@ def ours(folder: str, side: int, batch: int, threads: int) -> Iterator[int]:
     import torch
 
     from dist_gan.config import ShardsData
-    from dist_gan.data import ImageStream, Source
+    from dist_gan.data import ImageStream, ShardFolder
     from dist_gan.data.manifest import read_manifest
     from dist_gan.draws import Draws
 
     section = ShardsData(url=folder, cache=0, workers=threads)
     stream = ImageStream(
-        [(Source(folder, read_manifest(folder)), 1)],
+        [(ShardFolder(folder, read_manifest(folder)), 1)],
         section=section,
         resolution=side,
         channels=3,

@@ -10,7 +10,7 @@ from dist_gan import __version__, storage
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import DataOrder, PointsData, RunConfig
 from dist_gan.config.reader import config_hash, to_yaml
-from dist_gan.data import ImageStream, PointStream, Source, Stage, Stream
+from dist_gan.data import ImageStream, PointStream, ShardFolder, Stage, Stream
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.ema import GeneratorEMA
@@ -172,14 +172,14 @@ def _metrics_of_data(config: RunConfig) -> tuple[Metric, ...]:
     return (mode_count(every=config.run.images),) if config.data.num_drawn else ()
 
 
-def _sources(config: RunConfig) -> list[tuple[Source, int]]:
+def _sources(config: RunConfig) -> list[tuple[ShardFolder, int]]:
     """Sources of the run's images with their mixing weights; empty if the data are points."""
     if config.data.makes == "points":
         return []
-    return [(Source(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
+    return [(ShardFolder(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
 
 
-def _class_names(config: RunConfig, sources: Sequence[tuple[Source, int]]) -> list[str] | None:
+def _class_names(config: RunConfig, sources: Sequence[tuple[ShardFolder, int]]) -> list[str] | None:
     """Class names, recorded for later sampling; None without classes, or if the folders have different names."""
     names = {source.manifest.classes for source, _ in sources if config.networks.classes}
     found = names.pop() if len(names) == 1 else None
@@ -190,7 +190,7 @@ def _stream(
     config: RunConfig,
     runtime: Runtime,
     draws: Draws,
-    sources: Sequence[tuple[Source, int]],
+    sources: Sequence[tuple[ShardFolder, int]],
     stages: Sequence[Stage],
 ) -> Stream:
     slots, classes = runtime.slots(config.run.batch), config.networks.classes

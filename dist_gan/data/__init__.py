@@ -1,8 +1,9 @@
-"""What training reads by: shards and their manifest, the order, the stream."""
+"""Reading of real images for training: the manifest of shards, the order of images, decoding, and the stream of batches."""
 
 from dist_gan.data.decoding import Damage, Stage
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.points import PointStream
-from dist_gan.data.stream import ImageStream, Stream
+from dist_gan.data.stream import ImageStream
+from dist_gan.data.stream_interface import Stream
 
-__all__ = ["Damage", "ImageStream", "PointStream", "Source", "Stage", "Stream"]
+__all__ = ["Damage", "ImageStream", "PointStream", "ShardFolder", "Stage", "Stream"]

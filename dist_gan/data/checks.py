@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dist_gan import storage
 from dist_gan.config import RunConfig, ShardsData
-from dist_gan.data.manifest import check_shards, read_manifest
-from dist_gan.data.stream import check_fit
+from dist_gan.data.manifest import Manifest, check_shards, read_manifest
 from dist_gan.models import picture_networks
 from dist_gan.types import UserError
 
@@ -51,3 +51,30 @@ def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
 def _at(place: str, error: UserError) -> list[str]:
     first, *rest = error.args
     return [f"{place}: {first}", *(f"  {line}" for line in rest)]
+
+
+def check_fit(url: str, manifest: Manifest, *, resolution: int, channels: int, classes: int) -> None:
+    """Compares the settings of the networks with the images in a folder of shards.
+
+    Raises:
+        UserError: the networks cannot be trained on these images; one sentence per reason.
+    """
+    place, mistakes = storage.redact(url), []
+    if manifest.resolution is not None and manifest.resolution < resolution:
+        mistakes.append(
+            f"networks.resolution: {resolution}, but the shards at {place} hold images of {manifest.resolution} pixels; "
+            f"set networks.resolution={manifest.resolution}, or pack the originals with --resolution {resolution}"
+        )
+    if manifest.channels != channels:
+        mistakes.append(
+            f"networks.channels: {channels}, but the shards at {place} hold images of {manifest.channels}; "
+            f"set networks.channels={manifest.channels}, or pack with --channels {channels}"
+        )
+    found = len(manifest.classes) if manifest.classes is not None else 0
+    if classes and classes != found:
+        mistakes.append(
+            f"networks.classes: {classes}, but the shards at {place} have {found or 'no'} classes; "
+            f"set networks.classes={found}"
+        )
+    if mistakes:
+        raise UserError(*mistakes)

@@ -1,9 +1,9 @@
-"""From pieces of shards to pixels: checked, decoded, and replaced where an image is damaged.
+"""Decodes the images of a batch from pieces of shards, and substitutes an image that is damaged.
 
 An image is damaged if its bytes end early, do not have the manifest's CRC-32, or are no picture. It is read from the
-store once more before that is believed. What then takes its place is the next sound image of its shard (with the same
-label where there are labels), so it depends on the data alone and not on who read what and when. A store that does not
-answer is another matter: nothing takes the place of an image that could not be read.
+store a second time before it is given up. Its substitute is the next sound image of its shard, with the same label if
+there are labels; so the substitute depends on the data alone, and not on which rank read what and when. If the store
+does not answer, no image is substituted: the run ends.
 """
 
 from __future__ import annotations
@@ -15,85 +15,85 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dist_gan import pictures, storage
 from dist_gan.data.order import Integers
-from dist_gan.data.pieces import Fetched, Piece, PieceReader, Source
-from dist_gan.data.plan import Place
+from dist_gan.data.pieces import Piece, PieceBytes, PieceReader, ShardFolder
+from dist_gan.data.pixel_cache import PixelCache
+from dist_gan.data.plan import ImageAddress
+from dist_gan.pictures import Pixels
 from dist_gan.types import TrainingFailed
 
-Pixels = NDArray[np.uint8]
 Sample = dict[str, Any]
-"""`__key__`, `__url__` of the shard, `pixels` (uint8 HWC), and `label` where there are labels."""
+"""One image: `__key__`, `__url__` of its shard, `pixels` (uint8, HWC), and `label` if there are labels."""
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
-"""A user's own step after decoding: yields one sample for each that it takes, in their order."""
+"""A user's own step after decoding: yields one sample for each that it takes, in the same order."""
 
 _TRIES = 256
-"""Neighbours that are tried in place of a damaged image."""
+"""Largest number of images that are tried as the substitute of a damaged one."""
 
 
 class Damage(NamedTuple):
     """An image that cannot be used."""
 
     url: str
-    """Of its shard, without secrets."""
+    """URL of its shard, without secrets."""
     key: str
     reason: str
 
 
 class Decoder:
-    """Samples by place. For any number of threads.
+    """Decodes images by their addresses; may be used by several threads at a time.
 
     Args:
-        sources: folders of shards.
-        reader: of their pieces.
-        rows: rows that may take the place of a damaged one, by source and shard.
-        shape: HWC that images are brought to, by the rules of packing.
-        substitute: whether a damaged image is replaced; otherwise it ends the run.
-        kept: what has been decoded already, where all of it fits into memory.
+        folders: folders of shards.
+        reader: reads their pieces.
+        rows: rows that may be substitutes of a damaged image, by folder and shard.
+        shape: HWC of the result; images of another size are cropped and reduced as in packing.
+        substitute: True substitutes a damaged image; False ends the run.
+        cache: memory for all decoded images, if they fit; None decodes every image anew.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        folders: Sequence[ShardFolder],
         reader: PieceReader,
         *,
         rows: Sequence[Sequence[Integers]],
         shape: tuple[int, int, int],
         substitute: bool,
-        kept: Kept | None = None,
+        cache: PixelCache | None = None,
     ) -> None:
         self.reader = reader
-        self._sources, self._rows, self._shape, self._kept = sources, rows, shape, kept
+        self._folders, self._rows, self._shape, self._cache = folders, rows, shape, cache
         self._substitute = substitute
-        self._shards = [source.manifest.shards for source in sources]
-        self._urls = [[storage.join(source.url, s.name) for s in source.manifest.shards] for source in sources]
+        self._shards = [folder.manifest.shards for folder in folders]
+        self._urls = [[storage.join(folder.url, s.name) for s in folder.manifest.shards] for folder in folders]
         self._lock = Lock()
         self._damaged: list[Damage] = []
-        self._in_place_of: dict[tuple[int, int, int], int] = {}
+        self._substitutes: dict[tuple[int, int, int], int] = {}
 
-    def samples(self, places: Iterable[Place], out: Sequence[Pixels]) -> Iterator[Sample]:
-        """Decoded samples of some places; `out` is where the pixels of each may go.
+    def samples(self, addresses: Iterable[ImageAddress], out: Sequence[Pixels]) -> Iterator[Sample]:
+        """Decoded samples of some addresses, in their order. `out` has a buffer for the pixels of each, which may be used.
 
         Raises:
-            TrainingFailed: the store does not give an image, or one is damaged and nothing may take its place.
+            TrainingFailed: the store does not answer, or an image is damaged and has no substitute.
         """
-        kept, instead = self._kept, self._in_place_of
-        for place, pixels in zip(places, out, strict=True):
-            if instead and place[:3] in instead:
-                place = _alone(place, instead[place[:3]])
-            if kept is None:
-                place, decoded = self._decoded(place, pixels)
-            elif kept.take(place, pixels):
+        cache, substitutes = self._cache, self._substitutes
+        for address, pixels in zip(addresses, out, strict=True):
+            if substitutes and address[:3] in substitutes:
+                address = _single(address, substitutes[address[:3]])
+            if cache is None:
+                address, decoded = self._decode(address, pixels)
+            elif cache.copy(address, pixels):
                 decoded = pixels
             else:
-                place, decoded = self._decoded(place, pixels)
-                kept.put(place, decoded)
-            source, shard, row, _ = place
-            entry = self._shards[source][shard]
-            sample: Sample = {"__key__": entry.keys[row], "__url__": self._urls[source][shard], "pixels": decoded}
+                address, decoded = self._decode(address, pixels)
+                cache.put(address, decoded)
+            folder, shard, row, _ = address
+            entry = self._shards[folder][shard]
+            sample: Sample = {"__key__": entry.keys[row], "__url__": self._urls[folder][shard], "pixels": decoded}
             if entry.labels is not None:
                 sample["label"] = entry.labels[row]
             yield sample
@@ -104,21 +104,21 @@ class Decoder:
             found, self._damaged = self._damaged, []
         return found
 
-    def _decoded(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
-        """The image, or the one that takes its place."""
+    def _decode(self, address: ImageAddress, out: Pixels) -> tuple[ImageAddress, Pixels]:
+        """Address and pixels of the image, or of its substitute."""
         try:
-            return place, self._pixels(place, self.reader.get(place.piece), out)
+            return address, self._pixels(address, self.reader.get(address.piece), out)
         except pictures.BadImage:
-            return self._again_or_instead(place, out)
+            return self._reread_or_substitute(address, out)
 
-    def _pixels(self, place: Place, fetched: Fetched, out: Pixels) -> Pixels:
-        """The decoded image.
+    def _pixels(self, address: ImageAddress, fetched: PieceBytes, out: Pixels) -> Pixels:
+        """Pixels of the image.
 
         Raises:
             BadImage: it is damaged.
         """
-        source, shard, row, _ = place
-        entry = self._shards[source][shard]
+        folder, shard, row, _ = address
+        entry = self._shards[folder][shard]
         name, size, start = entry.keys[row], entry.sizes[row], entry.offsets[row] - fetched.start
         data = fetched.data[start : start + size]
         if len(data) != size:
@@ -131,80 +131,46 @@ class Decoder:
             pixels = pictures.fit(pixels, resolution=side, channels=channels, name=name)
         return pixels
 
-    def _again_or_instead(self, place: Place, out: Pixels) -> tuple[Place, Pixels]:
-        """The image after all, read from the store once more; or the one that takes its place."""
-        alone = _alone(place, place.row)
-        self.reader.drop(place.piece)
+    def _reread_or_substitute(self, address: ImageAddress, out: Pixels) -> tuple[ImageAddress, Pixels]:
+        """Address and pixels of the image, read from the store a second time, or of its substitute."""
+        alone = _single(address, address.row)
+        self.reader.drop(address.piece)
         try:
-            return place, self._pixels(alone, self.reader.fresh(alone.piece), out)
+            return address, self._pixels(alone, self.reader.fetch_again(alone.piece), out)
         except pictures.BadImage as error:
             bad = error
-        url = storage.redact(self._urls[place.source][place.shard])
+        url = storage.redact(self._urls[address.folder][address.shard])
         if not self._substitute:
             raise TrainingFailed(
-                f"{url}: {bad}; run `dist-gan verify {storage.redact(self._sources[place.source].url)}` to find all such "
+                f"{url}: {bad}; run `dist-gan verify {storage.redact(self._folders[address.folder].url)}` to find all such "
                 f"images, or let data.bad_images=substitute replace them"
             ) from bad
-        for row in islice(self._neighbours(place), _TRIES):
-            other = _alone(place, row)
+        for row in islice(self._neighbours(address), _TRIES):
+            other = _single(address, row)
             try:
-                pixels = self._pixels(other, self.reader.fresh(other.piece), out)
+                pixels = self._pixels(other, self.reader.fetch_again(other.piece), out)
             except pictures.BadImage:
                 continue
             with self._lock:
-                if place[:3] not in self._in_place_of:
-                    self._in_place_of[place[:3]] = row
+                if address[:3] not in self._substitutes:
+                    self._substitutes[address[:3]] = row
                     self._damaged.append(Damage(url, bad.name, bad.reason))
             return other, pixels
         raise TrainingFailed(
             f"{url}: {bad}, and nothing in the shard can take its place; copy or pack the shard again"
         ) from bad
 
-    def _neighbours(self, place: Place) -> Iterator[int]:
-        """Rows that may take an image's place: those behind it, then from the shard's beginning; of its label first."""
-        labels = self._shards[place.source][place.shard].labels
-        rows = self._rows[place.source][place.shard]
-        behind = int(np.searchsorted(rows, place.row, side="right"))
-        others = [row for row in np.roll(rows, -behind).tolist() if row != place.row]
+    def _neighbours(self, address: ImageAddress) -> Iterator[int]:
+        """Candidates for the substitute of an image: the rows after it, then those from the shard's start; its label first."""
+        labels = self._shards[address.folder][address.shard].labels
+        rows = self._rows[address.folder][address.shard]
+        behind = int(np.searchsorted(rows, address.row, side="right"))
+        others = [row for row in np.roll(rows, -behind).tolist() if row != address.row]
         if labels is None:
             return iter(others)
-        return iter(sorted(others, key=lambda row: labels[row] != labels[place.row]))
+        return iter(sorted(others, key=lambda row: labels[row] != labels[address.row]))
 
 
-def _alone(place: Place, row: int) -> Place:
-    """An image of the same shard, to be read by itself."""
-    return Place(place.source, place.shard, row, Piece(place.source, place.shard, row, row))
-
-
-class Kept:
-    """All images of all sources, as far as they have been decoded.
-
-    Args:
-        sources: folders of shards.
-        shape: HWC of each image.
-    """
-
-    def __init__(self, sources: Sequence[Source], *, shape: tuple[int, int, int]) -> None:
-        self._first: list[list[int]] = []
-        count = 0
-        for source in sources:
-            self._first.append([])
-            for shard in source.manifest.shards:
-                self._first[-1].append(count)
-                count += len(shard.keys)
-        self._pixels = np.empty((count, *shape), np.uint8)
-        self._is_there = np.zeros(count, dtype=bool)
-
-    def take(self, place: Place, out: Pixels) -> bool:
-        """Puts an image into `out` if it is there."""
-        number = self._first[place.source][place.shard] + place.row
-        if self._is_there[number]:
-            out[...] = self._pixels[number]
-            return True
-        return False
-
-    def put(self, place: Place, pixels: Pixels) -> None:
-        """Keeps an image."""
-        number = self._first[place.source][place.shard] + place.row
-        self._pixels[number] = pixels
-        self._is_there[number] = True
+def _single(address: ImageAddress, row: int) -> ImageAddress:
+    """Address of an image of the same shard, whose piece holds nothing else."""
+    return ImageAddress(address.folder, address.shard, row, Piece(address.folder, address.shard, row, row))

@@ -1,15 +1,14 @@
-"""Which image comes at which place: integer arithmetic from (seed, position), with no state and no generator.
+"""Order of the images: integer arithmetic from (seed, position), without state and without a random generator.
 
 A pass shows every image once. For each pass the blocks (runs of neighbouring images in one shard) are permuted and
-laid end to end; that line is cut into equal lanes; position i of the pass is place i // lanes of lane i % lanes; and
-inside a block the images are permuted too. A batch thus draws from `lanes` different blocks, each of which is one
-contiguous read, and any position is found in O(log blocks) without replaying what came before.
+laid end to end. This line is cut into equal lanes, and position i of the pass is element i // lanes of lane i % lanes.
+The images inside a block are permuted too. A batch thus draws from `lanes` different blocks, each of which is one
+contiguous read, and any position is found in O(log blocks) without replaying earlier ones.
 
-All permutations are orders of words that a hash makes of seed, pass and block (SHAKE-128): no generator, no state, and
-the same on every machine.
+Every permutation sorts words that SHAKE-128 makes of seed, pass and block, so it is the same on every machine.
 
 A mixture deals positions to several orders by whole-numbered weights: of every `sum(weights)` positions in a row that
-begin at a multiple of it, each order gets exactly its weight, in a permuted arrangement, and goes on where it was.
+begin at a multiple of it, each order gets exactly its weight, in a permuted arrangement, and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 
 
-class Places(NamedTuple):
-    """Where the images of some positions are; columns of equal length."""
+class Locations(NamedTuple):
+    """Locations of the images at some positions; columns of equal length."""
 
     order: Integers
-    """Which of the orders of a mixture; 0 without one."""
+    """Index of the order in a mixture; 0 without a mixture."""
     shard: Integers
     nth: Integers
-    """Among the shard's images that take part."""
+    """Index among those images of the shard that belong to the order."""
     block: Integers
     """Number of the block in its order."""
 
 
 class Order:
-    """The endless sequence of images.
+    """The endless sequence of the images of one data set.
 
     Args:
-        shard_sizes: images of each shard that take part.
-        seed: of the run.
-        lanes: images that come from different blocks at any moment.
-        block: neighbouring images read together.
-        name: sets the permutations of several orders of one run apart.
+        shard_sizes: number of images of each shard that belong to the order.
+        seed: seed of the run.
+        lanes: number of blocks from which images come at any moment.
+        block: number of neighbouring images that are read together.
+        name: name of the order; orders of one run with different names have different permutations.
     """
 
     def __init__(self, shard_sizes: Sequence[int], *, seed: int, lanes: int, block: int, name: str = "order") -> None:
@@ -66,23 +65,23 @@ class Order:
         self._line_of_pass = lru_cache(maxsize=2)(self._permuted_blocks)
         self._inside_block = lru_cache(maxsize=4 * self._lanes + 64)(self._permuted_images)
         self.orders: tuple[Order, ...] = (self,)
-        """What `Places.order` counts."""
+        """The orders that `Locations.order` is an index of."""
 
-    def locate(self, positions: Integers) -> Places:
-        """Where the images of some positions are (any position from 0 on)."""
+    def locate(self, positions: Integers) -> Locations:
+        """Locations of the images at some positions, each from 0 on."""
         blocks, inside, passes = self._in_blocks(positions)
         rows = zip(passes.tolist(), blocks.tolist(), inside.tolist(), strict=True)
         inside = np.array([self._inside_block(number, block)[at] for number, block, at in rows], dtype=np.int64)
-        return Places(np.zeros_like(blocks), self._shards[blocks], self._starts[blocks] + inside, blocks)
+        return Locations(np.zeros_like(blocks), self._shards[blocks], self._starts[blocks] + inside, blocks)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """Order and block of each position: all that is needed to read ahead."""
+        """Order and block of each position, which is all that prefetching needs."""
         return [(0, block) for block in self._in_blocks(positions)[0].tolist()]
 
     def _in_blocks(self, positions: Integers) -> tuple[Integers, Integers, Integers]:
-        """Block, place in its permuted run, and pass of each position."""
-        passes, places = np.divmod(np.asarray(positions, dtype=np.int64), self.length)
-        along = self._along_the_line(places)
+        """Block, index within the permuted block, and pass of each position."""
+        passes, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.length)
+        along = self._along_the_line(offsets)
         blocks = np.empty_like(along)
         inside = np.empty_like(along)
         for number in np.unique(passes):
@@ -98,11 +97,11 @@ class Order:
         start = int(self._starts[block])
         return int(self._shards[block]), start, start + int(self._sizes[block])
 
-    def _along_the_line(self, places: Integers) -> Integers:
-        """Place in the line of permuted blocks: the lanes are its equal cuts, the first ones longer by one."""
+    def _along_the_line(self, offsets: Integers) -> Integers:
+        """Index in the line of permuted blocks. Lanes have equal lengths, except that the first ones may be longer by one."""
         lanes = self._lanes
         quotient, remainder = divmod(self.length, lanes)
-        lane, depth = places % lanes, places // lanes
+        lane, depth = offsets % lanes, offsets // lanes
         return lane * quotient + np.minimum(lane, remainder) + depth
 
     def _permuted_blocks(self, number: int) -> tuple[Integers, Integers]:
@@ -115,13 +114,13 @@ class Order:
 
 
 class Mixture:
-    """Several orders, or mixtures, dealt by weight; the endless sequence of all of them.
+    """The endless sequence of several orders or mixtures, in which positions are dealt by weight.
 
     Args:
-        parts: what is mixed.
-        weights: positions that each gets of every `sum(weights)`; whole numbers from 1 on.
-        seed: of the run.
-        name: sets the arrangements of several mixtures of one run apart.
+        parts: orders and mixtures to be mixed.
+        weights: number of positions that each part gets of every `sum(weights)`; whole numbers from 1 on.
+        seed: seed of the run.
+        name: name of the mixture; mixtures of one run with different names have different arrangements.
     """
 
     def __init__(
@@ -137,18 +136,18 @@ class Mixture:
         self._seed, self._name = seed, name
         self._arrangement = lru_cache(maxsize=64)(self._arranged)
         self.orders: tuple[Order, ...] = tuple(order for part in parts for order in part.orders)
-        """What `Places.order` counts."""
+        """The orders that `Locations.order` is an index of."""
         sizes = [len(part.orders) for part in parts]
         self._first_order = [sum(sizes[:number]) for number in range(len(parts))]
         self.length = sum(order.length for order in self.orders)
 
-    def locate(self, positions: Integers) -> Places:
-        """Where the images of some positions are (any position from 0 on)."""
+    def locate(self, positions: Integers) -> Locations:
+        """Locations of the images at some positions, each from 0 on."""
         columns = np.empty((4, len(positions)), dtype=np.int64)
         for part, rows, inner in self._dealt(positions):
-            places = self._parts[part].locate(inner)
-            columns[:, rows] = (places.order + self._first_order[part], *places[1:])
-        return Places(*columns)
+            locations = self._parts[part].locate(inner)
+            columns[:, rows] = (locations.order + self._first_order[part], *locations[1:])
+        return Locations(*columns)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
         """Order and block of each position."""
@@ -159,7 +158,7 @@ class Mixture:
         return found
 
     def _dealt(self, positions: Integers) -> Iterator[tuple[int, Integers, Integers]]:
-        """Each part that gets some of the positions, which of them, and their positions in the part."""
+        """Yields each part that gets some of the positions, their indices, and their positions in the part."""
         cycles, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self._cycle)
         owners, inner = np.empty_like(offsets), np.empty_like(offsets)
         for cycle in np.unique(cycles):
@@ -172,7 +171,7 @@ class Mixture:
             yield int(part), rows, inner[rows]
 
     def _arranged(self, cycle: int) -> tuple[Integers, Integers]:
-        """Part of each offset in a cycle, and how many of that part came before it in the cycle."""
+        """Part of each offset in a cycle, and the number of earlier offsets of the same part in the cycle."""
         order = _permutation(self._seed, f"{self._name}/parts", cycle, 0, self._cycle)
         owner = np.searchsorted(self._ends, order, side="right")
         nth = np.empty_like(owner)
@@ -183,13 +182,13 @@ class Mixture:
 
 
 def _permutation(seed: int, purpose: str, number: int, slot: int, length: int) -> Integers:
-    """A permutation of 0..length-1: the order of as many 64-bit words of SHAKE-128 over what names it."""
+    """A permutation of 0..length-1: the order of 64-bit words of SHAKE-128 over the arguments."""
     words = hashlib.shake_128(f"{seed}/{purpose}/{number}/{slot}".encode()).digest(8 * length)
     return np.argsort(np.frombuffer(words, "<u8"), kind="stable").astype(np.int64)
 
 
 def held_out(keys: Sequence[str], *, share: float) -> NDArray[np.bool_]:
-    """Which images are kept from training: those whose key hashes below `share`, whatever shard they are in."""
+    """Mask of the images held out of training: those whose key has a hash below `share`, whatever shard they are in."""
     if share <= 0:
         return np.zeros(len(keys), dtype=bool)
     limit = int(share * 2**64)

@@ -1,8 +1,8 @@
-"""Reads pieces of shards ahead of need, in bounded memory, through a disk cache if there is one.
+"""Reads pieces of shards before they are needed, in bounded memory, through a disk cache if there is one.
 
-A piece is a run of neighbouring samples in one shard, fetched by one range of bytes that the manifest gives. From a
-store it is fetched by threads of ours. On a local disk the kernel is told of it instead, and it is read when it is
-needed: threads that read small files stand in the decoder's way (a third of the images a second at 32x32, measured).
+A piece is a run of neighbouring samples in one shard, read as one range of bytes. A store is read by a pool of
+threads. For a local disk the kernel is asked to load the range into its page cache, and the piece is read when it is
+needed, because reading threads would compete with the decoder: they cost a third of the images per second at 32x32.
 """
 
 from __future__ import annotations
@@ -20,84 +20,84 @@ from dist_gan.storage.errors import failure
 from dist_gan.types import TrainingFailed
 
 _REMEMBERED = 4096
-"""Pieces that the kernel was told of and is not told of again."""
+"""Number of latest pieces for which the kernel is not asked a second time."""
 READERS = 16
-"""Threads of a process that wait for a store."""
+"""Number of threads of a process that read from a store."""
 
 
-class Source(NamedTuple):
-    """A folder of shards."""
+class ShardFolder(NamedTuple):
+    """A folder of shards and its manifest."""
 
     url: str
     manifest: Manifest
 
 
 class Piece(NamedTuple):
-    """Samples of one shard, from the first to the last."""
+    """Neighbouring samples of one shard, `first` to `last`, both included. `folder` and `shard` are indices."""
 
-    source: int
+    folder: int
     shard: int
     first: int
     last: int
 
 
-class Fetched(NamedTuple):
-    """The bytes of a piece."""
+class PieceBytes(NamedTuple):
+    """The bytes of a piece, and where they start."""
 
     start: int
     """Position of the first byte in the shard."""
     data: bytes
-    """Shorter than asked for only where the shard really ends before."""
+    """Shorter than the piece only if the shard ends within it."""
 
 
 class PieceReader:
-    """Pieces by several threads; what is held at a time, and what is on its way, is at most `memory` bytes.
+    """Reads pieces by several threads; pieces in memory and pieces being read have at most `memory` bytes together.
 
     Args:
-        sources: folders of shards.
-        memory: bytes of pieces to hold; a single larger piece is read all the same.
-        patience_s: seconds that a store may stay silent.
-        cache: on a local disk.
+        folders: folders of shards.
+        memory: limit in bytes; a single larger piece is read nevertheless.
+        patience_s: seconds for which a store that does not answer is asked again; None for the default.
+        cache: cache on a local disk; None for no cache.
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, memory: int, patience_s: float | None, cache: DiskCache | None
+        self, folders: Sequence[ShardFolder], *, memory: int, patience_s: float | None, cache: DiskCache | None
     ) -> None:
-        self._sources, self._memory, self._cache = sources, memory, cache
+        self._folders, self._memory, self._cache = folders, memory, cache
         self._patience = storage.Patience(patience_s, met=True)
-        self._held: OrderedDict[Piece, Future[Fetched]] = OrderedDict()
-        """Least recently wanted first."""
-        self._arrived: dict[Piece, Fetched] = {}
-        """Held pieces that have been waited for already."""
+        self._held: OrderedDict[Piece, Future[PieceBytes]] = OrderedDict()
+        """Pieces in memory or being read, the least recently requested first."""
+        self._arrived: dict[Piece, PieceBytes] = {}
+        """The held pieces that have arrived, so that later calls of `get` need no lock."""
         self._bytes = 0
         self.most_bytes = 0
-        """The most that was held so far."""
+        """The largest number of bytes held so far."""
         self._local = [
-            [storage.local_path(storage.join(source.url, shard.name)) for shard in source.manifest.shards]
+            [storage.local_path(storage.join(folder.url, shard.name)) for shard in folder.manifest.shards]
             if cache is None
-            else [None] * len(source.manifest.shards)
-            for source in sources
+            else [None] * len(folder.manifest.shards)
+            for folder in folders
         ]
         self._announced: OrderedDict[Piece, None] = OrderedDict()
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def want(self, pieces: Iterable[Piece]) -> None:
-        """Begins to fetch what will be needed, as far as there is room."""
+        """Starts reading pieces that will be needed, as long as there is memory for them."""
         with self._lock:
             for piece in pieces:
                 if piece in self._held:
                     self._held.move_to_end(piece)
-                elif self._local[piece.source][piece.shard] is not None:
+                elif self._local[piece.folder][piece.shard] is not None:
                     self._announce(piece)
                 elif self._make_room(self.size(piece)):
                     self._begin(piece)
 
-    def get(self, piece: Piece) -> Fetched:
-        """The bytes of a piece, waited for.
+    def get(self, piece: Piece) -> PieceBytes:
+        """The bytes of a piece; waits until they are there.
 
         Raises:
-            TrainingFailed: the store does not give them.
+            TrainingFailed: the shard cannot be read, or the store does not answer.
         """
         arrived = self._arrived.get(piece)
         if arrived is not None:
@@ -108,7 +108,7 @@ class PieceReader:
             if future is None:
                 self._make_room(self.size(piece))
                 future = self._begin(piece)
-        if is_first and self._local[piece.source][piece.shard] is not None:
+        if is_first and self._local[piece.folder][piece.shard] is not None:
             _run(future, self._fetch, piece)
         try:
             fetched = future.result()
@@ -123,38 +123,38 @@ class PieceReader:
         return fetched
 
     def drop(self, piece: Piece) -> None:
-        """Forgets a piece, in memory and on the disk: it is read anew when it is needed again."""
+        """Removes a piece from memory and from the disk cache; the next request reads it from the store."""
         if self._cache is not None:
             self._cache.drop(self._name(piece))
         with self._lock:
             if piece in self._held:
                 self._forget(piece)
 
-    def fresh(self, piece: Piece) -> Fetched:
-        """The bytes of a piece as they are in the store now.
+    def fetch_again(self, piece: Piece) -> PieceBytes:
+        """The bytes of a piece, read from the store whatever is cached.
 
         Raises:
-            TrainingFailed: the store does not give them.
+            TrainingFailed: the shard cannot be read, or the store does not answer.
         """
         self.drop(piece)
         return self._fetch(piece, anew=True)
 
     def size(self, piece: Piece) -> int:
-        """Bytes of a piece."""
+        """Size of a piece, in bytes."""
         shard = self._shard(piece)
         return shard.offsets[piece.last] + shard.sizes[piece.last] - shard.offsets[piece.first]
 
     @property
     def retries(self) -> int:
-        """Requests that had to be made again."""
+        """Number of requests that had to be repeated."""
         return self._patience.retries
 
     def give_up(self) -> None:
-        """Makes no failed request again, so that nobody who waits for one waits for long."""
+        """Repeats no failed request from now on, so that threads that wait for a piece end soon."""
         self._patience.give_up()
 
     def close(self) -> None:
-        """Ends the threads; a request that is being answered is waited for."""
+        """Ends the threads, after the requests that they are making."""
         self.give_up()
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
@@ -162,7 +162,7 @@ class PieceReader:
         self._bytes = 0
 
     def _announce(self, piece: Piece) -> None:
-        path = self._local[piece.source][piece.shard]
+        path = self._local[piece.folder][piece.shard]
         if path is None or piece in self._announced:
             return
         self._announced[piece] = None
@@ -171,10 +171,10 @@ class PieceReader:
         start = self._shard(piece).offsets[piece.first]
         storage.will_read(path, start, start + self.size(piece))
 
-    def _begin(self, piece: Piece) -> Future[Fetched]:
-        """Hands a piece to the threads; a local one is left to whoever waits for it."""
-        is_local = self._local[piece.source][piece.shard] is not None
-        future: Future[Fetched] = Future() if is_local else self._pool.submit(self._fetch, piece)
+    def _begin(self, piece: Piece) -> Future[PieceBytes]:
+        """Starts reading a piece in the pool; a local piece is read by the first thread that calls `get`."""
+        is_local = self._local[piece.folder][piece.shard] is not None
+        future: Future[PieceBytes] = Future() if is_local else self._pool.submit(self._fetch, piece)
         self._held[piece] = future
         self._bytes += self.size(piece)
         self.most_bytes = max(self.most_bytes, self._bytes)
@@ -186,25 +186,25 @@ class PieceReader:
         self._arrived.pop(piece, None)
 
     def _make_room(self, size: int) -> bool:
-        """Lets go of what was not used for longest and has arrived; whether there is room then."""
+        """Drops pieces that have arrived, the least recently requested first; returns whether `size` bytes are free then."""
         while self._bytes + size > self._memory:
-            # Nearly always the first one; to ask all of them took an eighth of the time to read a small image.
+            # The first one has nearly always arrived. Scanning all of them took an eighth of the time of a small image.
             unused = next((piece for piece, future in self._held.items() if future.done()), None)
             if unused is None:
                 return False
             self._forget(unused)
         return True
 
-    def _fetch(self, piece: Piece, *, anew: bool = False) -> Fetched:
+    def _fetch(self, piece: Piece, *, anew: bool = False) -> PieceBytes:
         shard, size = self._shard(piece), self.size(piece)
         start = shard.offsets[piece.first]
         data = self._cache.get(self._name(piece), size=size) if self._cache is not None and not anew else None
         if data is None:
-            url = storage.join(self._sources[piece.source].url, shard.name)
+            url = storage.join(self._folders[piece.folder].url, shard.name)
             data = self._read(url, start, start + size)
             if self._cache is not None and len(data) == size:
                 self._cache.put(self._name(piece), data)
-        return Fetched(start, data)
+        return PieceBytes(start, data)
 
     def _read(self, url: str, start: int, end: int) -> bytes:
         place = f"cannot read {storage.redact(url)}"
@@ -216,23 +216,23 @@ class PieceReader:
             found: Exception = error
         except Exception as error:
             found = error
-        # Data were read with the same settings before, so this failure is no mistake in the settings.
+        # Data were read with the same settings before, so the settings are not the cause.
         later = "data.patience_s says how long it is asked again"
         raise TrainingFailed(*failure(found, place, later=later).args) from found
 
     def _shard(self, piece: Piece) -> Shard:
-        return self._sources[piece.source].manifest.shards[piece.shard]
+        return self._folders[piece.folder].manifest.shards[piece.shard]
 
     def _name(self, piece: Piece) -> str:
-        """Cache name of a piece; the hash of the whole shard stands for the version of the object."""
+        """Name of a piece in the disk cache; the hash of the shard stands for the version of the object."""
         shard = self._shard(piece)
-        url = storage.join(self._sources[piece.source].url, shard.name)
+        url = storage.join(self._folders[piece.folder].url, shard.name)
         start = shard.offsets[piece.first]
         return f"{url}\n{shard.sha256}\n{start}\n{self.size(piece)}"
 
 
-def _run(future: Future[Fetched], fetch: Callable[[Piece], Fetched], piece: Piece) -> None:
-    """Keeps a promise in the thread that is at it; others may be waiting for it too."""
+def _run(future: Future[PieceBytes], fetch: Callable[[Piece], PieceBytes], piece: Piece) -> None:
+    """Sets a future's result in the calling thread; other threads may be waiting for the same future."""
     try:
         future.set_result(fetch(piece))
     except BaseException as error:

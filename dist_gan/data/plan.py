@@ -1,4 +1,4 @@
-"""From positions to images and to the pieces that hold them: the order laid over the shards of one or several sources."""
+"""Maps positions of the order to images in the shards of one or several folders, and to the pieces to be read."""
 
 from __future__ import annotations
 
@@ -11,114 +11,115 @@ import numpy as np
 from dist_gan import storage
 from dist_gan.config import DataOrder
 from dist_gan.data.order import Integers, Mixture, Order, held_out
-from dist_gan.data.pieces import READERS, Piece, Source
+from dist_gan.data.pieces import READERS, Piece, ShardFolder
 from dist_gan.types import UserError
 
 _AT_ONCE = 512
-"""Positions that are looked up together: of a few, numpy's calls take longer than their work."""
+"""Number of positions that are looked up in one call, because numpy has a fixed cost for each call."""
 
 
-class Place(NamedTuple):
-    """One image: which source, shard and row; and the piece that is read with it."""
+class ImageAddress(NamedTuple):
+    """Address of an image: index of its folder, its shard and its row, and the piece that it is read with."""
 
-    source: int
+    folder: int
     shard: int
     row: int
     piece: Piece
 
 
 class _Leaf(NamedTuple):
-    """What an order runs over."""
+    """The images that one order runs over."""
 
-    source: int
+    folder: int
     rows: tuple[Integers, ...]
-    """Of each shard, those that take part."""
+    """Rows of each shard that belong to the order."""
 
 
 class Plan:
-    """Which images come where, and what is to be read for them. No reading happens here.
+    """Which images each batch holds, and which pieces have to be read for them. It reads nothing itself.
 
-    With `balance` each class is an order of its own, and all have the same weight. Blocks are read whole where two of
-    them for every lane fit into `section.memory`; otherwise, and with `balance`, images are read singly.
+    With `balance` each class has an order of its own, and all classes have the same weight. Whole blocks are read if
+    two and a half of them for every lane fit into `section.memory`; otherwise, and with `balance`, single images are.
 
     Args:
-        sources: folders of shards with their weights.
-        section: order and split.
-        seed: of the run.
-        batch: images of a global batch.
-        slots: places in it that this rank owns.
+        folders: folders of shards with their mixing weights.
+        section: settings of the order and of the split.
+        seed: seed of the run.
+        batch: number of images of a global batch.
+        slots: positions in it that this rank owns.
 
     Attributes:
-        rows: of each shard of each source, those that are trained on.
-        held_out: the same, those that are not.
-        memory: bytes of pieces that have to be held at a time.
+        rows: rows that are trained on, by folder and shard.
+        held_out: rows that are held out of training, by folder and shard.
+        by_block: whether whole blocks are read.
+        memory: bytes of pieces that have to be held in memory at a time.
 
     Raises:
-        UserError: there is nothing to train on, or a class without images is to be balanced.
+        UserError: no image is left to train on, or a class to be balanced has no images.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Source, int]], *, section: DataOrder, seed: int, batch: int, slots: Integers
+        self, folders: Sequence[tuple[ShardFolder, int]], *, section: DataOrder, seed: int, batch: int, slots: Integers
     ) -> None:
         self._section, self._batch, self._slots = section, batch, slots
-        masks = [[held_out(s.keys, share=section.holdout) for s in source.manifest.shards] for source, _ in sources]
+        masks = [[held_out(s.keys, share=section.holdout) for s in folder.manifest.shards] for folder, _ in folders]
         self.rows = [[np.flatnonzero(~mask) for mask in shards] for shards in masks]
         self.held_out = [[np.flatnonzero(mask) for mask in shards] for shards in masks]
-        for (source, _), shards in zip(sources, self.rows, strict=True):
+        for (folder, _), shards in zip(folders, self.rows, strict=True):
             if not sum(map(len, shards)):
                 raise UserError(
-                    f"data.holdout: {section.holdout} leaves no image of {storage.redact(source.url)} to train on; "
+                    f"data.holdout: {section.holdout} leaves no image of {storage.redact(folder.url)} to train on; "
                     f"choose a smaller share"
                 )
         self._leaves: list[_Leaf] = []
-        parts = [self._part(source, number, seed) for number, (source, _) in enumerate(sources)]
-        self._order = parts[0] if len(parts) == 1 else Mixture(parts, [weight for _, weight in sources], seed=seed)
-        # A rank that takes every n-th slot keeps to every n-th lane, if these numbers go into each other.
+        parts = [self._part(folder, number, seed) for number, (folder, _) in enumerate(folders)]
+        self._order = parts[0] if len(parts) == 1 else Mixture(parts, [weight for _, weight in folders], seed=seed)
+        # A rank owns every n-th slot, and so reads from every n-th lane alone if these numbers divide each other.
         ranks, lanes = batch // len(slots), section.lanes
         if len(parts) == 1 and lanes % ranks == 0 and (batch % lanes == 0 or lanes % batch == 0):
             lanes //= ranks
         self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
         self._look_every = max(1, section.block * section.lanes // (8 * batch))
-        # Each lane's block, the next one, and for some lanes the one after that; what was used up goes first.
-        blocks = (5 * lanes * len(parts) // 2 + 8) * self._largest_block(sources)
+        # For each lane its block and the next one, for some lanes also the one after that.
+        blocks = (5 * lanes * len(parts) // 2 + 8) * self._largest_block(folders)
         self.by_block = not section.balance and blocks <= section.memory
         self.memory = blocks if self.by_block else section.memory
 
     @property
     def length(self) -> int:
-        """Images that are trained on."""
+        """Number of images that are trained on."""
         return self._order.length
 
-    def places(self, positions: Integers) -> list[Place]:
-        """Where the images of some positions are."""
+    def addresses(self, positions: Integers) -> list[ImageAddress]:
+        """Addresses of the images at some positions of the order."""
         found = self._order.locate(positions)
-        places = []
+        addresses = []
         for order, shard, nth, block in zip(*(column.tolist() for column in found), strict=True):
-            source, rows = self._leaves[order]
+            folder, rows = self._leaves[order]
             row = rows[shard].item(nth)
-            piece = self._block(order, block) if self.by_block else Piece(source, shard, row, row)
-            places.append(Place(source, shard, row, piece))
-        return places
+            piece = self._block(order, block) if self.by_block else Piece(folder, shard, row, row)
+            addresses.append(ImageAddress(folder, shard, row, piece))
+        return addresses
 
-    def of_draw(self, draw: int) -> list[Place]:
-        """This rank's images of a global batch."""
-        return self.places(draw * self._batch + self._slots)
+    def of_draw(self, draw: int) -> list[ImageAddress]:
+        """Addresses of this rank's images of a global batch."""
+        return self.addresses(draw * self._batch + self._slots)
 
-    def from_draw(self, draw: int) -> Iterator[tuple[int, list[Place]]]:
-        """This rank's images of a global batch and of all after it, with their numbers; endless."""
-        size, count = len(self._slots), 1  # the first batch is wanted soon
+    def from_draw(self, draw: int) -> Iterator[tuple[int, list[ImageAddress]]]:
+        """Number of each global batch from `draw` on, and addresses of this rank's images in it; endless."""
+        size, count = len(self._slots), 1  # one batch at first, since training waits for it
         while True:
             draws = np.arange(draw, draw + count)
-            places = self.places((draws[:, None] * self._batch + self._slots).reshape(-1))
-            yield from ((int(number), places[at * size : (at + 1) * size]) for at, number in enumerate(draws))
+            addresses = self.addresses((draws[:, None] * self._batch + self._slots).reshape(-1))
+            yield from ((int(number), addresses[at * size : (at + 1) * size]) for at, number in enumerate(draws))
             draw, count = draw + count, max(1, _AT_ONCE // size)
 
-    def looks_ahead_at(self, draw: int) -> bool:
-        """Whether `ahead_of` is to be asked at a draw: a lane stays with a block for long, so not at each."""
+    def prefetches_at(self, draw: int) -> bool:
+        """Whether pieces are requested at a draw. A lane stays with its block for many draws, so blocks are requested rarely."""
         return not self.by_block or draw % self._look_every == 0
 
-    def ahead_of(self, draw: int) -> Iterator[Piece]:
-        """What this rank is going to need some time after a draw: each lane's next block, or later draws' images."""
+    def pieces_to_prefetch(self, draw: int) -> Iterator[Piece]:
+        """Pieces that this rank needs some time after a draw: each lane's next block, or the images of a later draw."""
         if self.by_block:
             draws = np.arange(draw, draw + self._look_every, max(1, self._look_every // 2))
             starts = draws * self._batch + self._section.block * self._section.lanes
@@ -126,45 +127,45 @@ class Plan:
             for order, block in dict.fromkeys(self._order.blocks_at(later)):
                 yield self._block(order, block)
         else:
-            ahead = max(self._section.prefetch, -(-4 * READERS // len(self._slots)))
-            yield from (place.piece for place in self.of_draw(draw + ahead))
+            distance = max(self._section.prefetch, -(-4 * READERS // len(self._slots)))
+            yield from (address.piece for address in self.of_draw(draw + distance))
 
     def _piece_of_block(self, order: int, block: int) -> Piece:
         leaf = self._leaves[order]
         shard, start, end = self._order.orders[order].block_range(block)
-        return Piece(leaf.source, shard, int(leaf.rows[shard][start]), int(leaf.rows[shard][end - 1]))
+        return Piece(leaf.folder, shard, int(leaf.rows[shard][start]), int(leaf.rows[shard][end - 1]))
 
-    def _part(self, source: Source, number: int, seed: int) -> Order | Mixture:
+    def _part(self, folder: ShardFolder, number: int, seed: int) -> Order | Mixture:
         name, rows = f"order/{number}" if number else "order", self.rows[number]
         if not self._section.balance:
             return self._leaf(number, rows, seed, name)
-        shards, classes = source.manifest.shards, source.manifest.classes
+        shards, classes = folder.manifest.shards, folder.manifest.classes
         if classes is None:
             raise UserError(
-                f"data.balance: the images of {storage.redact(source.url)} have no classes; set data.balance=false"
+                f"data.balance: the images of {storage.redact(folder.url)} have no classes; set data.balance=false"
             )
-        labels = [np.array(shard.labels)[kept] for shard, kept in zip(shards, rows, strict=True)]
+        labels = [np.array(shard.labels)[trained] for shard, trained in zip(shards, rows, strict=True)]
         parts = []
         for label, class_name in enumerate(classes):
-            mine = [kept[these == label] for kept, these in zip(rows, labels, strict=True)]
+            mine = [trained[these == label] for trained, these in zip(rows, labels, strict=True)]
             if not sum(map(len, mine)):
                 raise UserError(
-                    f"data.balance: the class {class_name!r} of {storage.redact(source.url)} has no image to train on; set "
+                    f"data.balance: the class {class_name!r} of {storage.redact(folder.url)} has no image to train on; set "
                     f"data.balance=false"
                 )
             parts.append(self._leaf(number, mine, seed, f"{name}/class/{label}"))
         return Mixture(parts, [1] * len(parts), seed=seed, name=f"{name}/classes")
 
-    def _leaf(self, source: int, rows: Sequence[Integers], seed: int, name: str) -> Order:
-        self._leaves.append(_Leaf(source, tuple(rows)))
-        sizes = [len(kept) for kept in rows]
+    def _leaf(self, folder: int, rows: Sequence[Integers], seed: int, name: str) -> Order:
+        self._leaves.append(_Leaf(folder, tuple(rows)))
+        sizes = [len(trained) for trained in rows]
         return Order(sizes, seed=seed, lanes=self._section.lanes, block=self._section.block, name=name)
 
-    def _largest_block(self, sources: Sequence[tuple[Source, int]]) -> int:
-        """Bytes of the longest run of `block` images in any shard."""
+    def _largest_block(self, folders: Sequence[tuple[ShardFolder, int]]) -> int:
+        """Largest size, in bytes, of a run of `block` images in any shard."""
         largest, block = 0, self._section.block
-        for (source, _), shards in zip(sources, self.rows, strict=True):
-            for shard, rows in zip(source.manifest.shards, shards, strict=True):
+        for (folder, _), shards in zip(folders, self.rows, strict=True):
+            for shard, rows in zip(folder.manifest.shards, shards, strict=True):
                 if len(rows):
                     offsets, sizes = np.array(shard.offsets), np.array(shard.sizes)
                     first = rows[::block]

@@ -1,4 +1,4 @@
-"""Points in the plane from a ring of Gaussians: a data set that is arithmetic, for studies of the game itself."""
+"""Points in the plane from a ring of Gaussians: a computed data set for studies of the game itself."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ class PointStream:
         return centre + self._section.sigma * self._draws.normal("points/offset", shape=(2,), **address), labels
 
     def seek(self, draw: int) -> None:
-        """The next batch will be number `draw`."""
+        """Makes global batch number `draw` the next one."""
         self.draw = draw
 
     def close(self) -> None:
-        """Nothing runs ahead."""
+        """Does nothing, since no threads prefetch."""
 
     def damaged(self) -> list[Damage]:
-        """None: points are made, not read."""
+        """Always empty, since points are computed and not read."""
         return []
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """Nothing to count."""
+        """No points can be damaged."""
         return []
 
     def values(self) -> dict[str, Any]:
-        """Draws consumed, and the fingerprint of the order."""
+        """Number of batches consumed, and fingerprint of the order, for the checkpoint."""
         return {"draw": self.draw, "fingerprint": self.fingerprint}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Goes on where `values` was taken."""
+        """Continues from the state that `values` returned."""
         if values["fingerprint"] != self.fingerprint:
             raise UserError("data: the points are not those of the checkpoint; give the same data, or another run.dir")
         self.seek(int(values["draw"]))

@@ -1,7 +1,7 @@
-"""Runs ahead of the training loop: one thread plans, some wait for the store, some decode, in bounded numbers.
+"""Prefetching: batches are read and decoded by threads before the training loop needs them.
 
-Batches come in their order whatever order their parts were finished in. simplejpeg works outside of Python's lock, so
-threads decode in parallel, and hand over nothing but an array.
+One thread plans, a pool reads from the store, and a pool decodes. Batches come in their order, whatever the order in
+which their parts were finished. simplejpeg releases Python's interpreter lock, so threads decode in parallel.
 """
 
 from __future__ import annotations
@@ -16,43 +16,48 @@ import torch
 import webdataset
 from torch import Tensor
 
-from dist_gan.data.decoding import Decoder, Pixels, Stage
-from dist_gan.data.plan import Place, Plan
+from dist_gan.data.decoding import Decoder, Stage
+from dist_gan.data.plan import ImageAddress, Plan
+from dist_gan.pictures import Pixels
 from dist_gan.types import TrainingFailed
 
 _WORTH_A_THREAD = 2**20
-"""Pixels from which on a part of a batch is handed to another thread. With less, threads wait for each other's turn in
-the interpreter for longer than they decode: measured at 32x32, where one thread reads nearly twice as fast as two."""
+"""Smallest number of pixels of a part of a batch that is decoded by a thread of its own. For smaller parts, waiting for
+the interpreter lock takes longer than decoding: at 32x32 one thread is nearly twice as fast as two."""
 
 
-class Decoded(NamedTuple):
-    """A batch as it leaves the threads: bytes on the CPU."""
+class DecodedBatch(NamedTuple):
+    """This rank's part of a global batch, decoded, on the CPU."""
 
     images_BHWC: Tensor
-    """uint8; pinned, for a GPU."""
+    """uint8; in pinned memory if it is to be copied to a GPU."""
     labels: tuple[int, ...]
-    """-1 where the data have none."""
+    """Class of each image; -1 if the data have no labels."""
     keys: tuple[str, ...]
 
 
-class _OnItsWay(NamedTuple):
+class _PendingBatch(NamedTuple):
+    """A batch that is being decoded."""
+
     images_BHWC: Tensor
     parts: list[Future[tuple[list[int], list[str]]]]
 
 
 def decode_part(
-    decoder: Decoder, places: Sequence[Place], out: Pixels, stages: Sequence[Stage]
+    decoder: Decoder, addresses: Sequence[ImageAddress], out: Pixels, stages: Sequence[Stage]
 ) -> tuple[list[int], list[str]]:
-    """Fills `out` (NHWC) with the pixels of some places, by a `webdataset.DataPipeline`; labels and keys.
+    """Decodes the images at some addresses into `out`, NHWC; returns their labels and keys.
+
+    A user's stages are run as a `webdataset.DataPipeline`.
 
     Raises:
-        TrainingFailed: as the decoder; or a user's stage gave too much, too little, or pictures of another shape.
+        TrainingFailed: as in `Decoder.samples`; or a user's stage gave too many samples, too few, or another shape.
     """
     rows = list(out)
-    samples = decoder.samples(places, rows)
+    samples = decoder.samples(addresses, rows)
     labels, keys = [], []
     for count, sample in enumerate(webdataset.DataPipeline(lambda: samples, *stages) if stages else samples):
-        if count == len(places):
+        if count == len(addresses):
             raise TrainingFailed("a stage gave more samples than it took; it must give one for each, in their order")
         pixels = sample["pixels"]
         if pixels is not rows[count]:
@@ -64,23 +69,23 @@ def decode_part(
             rows[count][...] = pixels
         labels.append(sample.get("label", -1))
         keys.append(sample["__key__"])
-    if len(keys) != len(places):
+    if len(keys) != len(addresses):
         raise TrainingFailed("a stage gave fewer samples than it took; it must give one for each, in their order")
     return labels, keys
 
 
-class Ahead:
-    """Batches from a draw on, decoded before they are asked for.
+class Prefetcher:
+    """Decodes the batches from a draw on before they are needed.
 
     Args:
-        plan: which images.
-        decoder: of them; it is closed with this.
+        plan: addresses of the images of each batch.
+        decoder: decodes the images; its reader is closed by `close`.
         draw: number of the first batch.
-        shape: NHWC of a batch.
-        stages: of the user.
-        prefetch: batches that are on their way at a time.
-        workers: threads that decode.
-        pinned: whether the bytes are going to a GPU.
+        shape: NHWC of this rank's part of a batch.
+        stages: steps of the user after decoding.
+        prefetch: number of batches that are being decoded, or wait, at a time.
+        workers: number of threads that decode.
+        pinned: allocates pinned memory, from which a GPU copies without waiting.
     """
 
     def __init__(
@@ -99,18 +104,18 @@ class Ahead:
         self._plan, self._shape, self._stages, self._pinned = plan, shape, tuple(stages), pinned
         self._part = max(-(-shape[0] // workers), -(-_WORTH_A_THREAD // (shape[1] * shape[2])))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._queue: Queue[_OnItsWay | BaseException] = Queue(maxsize=prefetch)
+        self._queue: Queue[_PendingBatch | BaseException] = Queue(maxsize=prefetch)
         self._stop = Event()
         self._is_first = True
         self._unused: list[Tensor] = []
         self._thread = Thread(target=self._run, args=(draw,), name="image-stream", daemon=True)
         self._thread.start()
 
-    def take(self) -> Decoded:
-        """The next batch, waited for.
+    def take(self) -> DecodedBatch:
+        """The next batch; waits until it is decoded.
 
         Raises:
-            TrainingFailed: it cannot be had.
+            TrainingFailed: the store does not answer, an image has no substitute, or a user's stage is wrong.
         """
         item = self._queue.get()
         if isinstance(item, BaseException):
@@ -121,14 +126,14 @@ class Ahead:
             some_labels, some_keys = part.result()
             labels += some_labels
             keys += some_keys
-        return Decoded(item.images_BHWC, tuple(labels), tuple(keys))
+        return DecodedBatch(item.images_BHWC, tuple(labels), tuple(keys))
 
     def give_back(self, images_BHWC: Tensor) -> None:
-        """Takes a batch's memory for a later one: memory that was never touched takes longer to fill."""
+        """Takes the memory of a used batch for a later one, because filling newly allocated memory takes longer."""
         self._unused.append(images_BHWC)
 
     def has_next(self) -> bool:
-        """Whether `take` would not wait."""
+        """Whether the next batch is decoded, so that `take` returns at once."""
         try:
             item = self._queue.queue[0]
         except IndexError:
@@ -136,9 +141,9 @@ class Ahead:
         return not isinstance(item, BaseException) and all(part.done() for part in item.parts)
 
     def close(self) -> None:
-        """Ends the threads; what they were at is given up."""
+        """Ends the threads, and drops the batches that they are decoding."""
         self._stop.set()
-        self.decoder.reader.give_up()  # or a store that is away would be waited for
+        self.decoder.reader.give_up()  # otherwise a request to a store that does not answer would delay the end
         while True:
             try:
                 self._queue.get_nowait()
@@ -150,34 +155,34 @@ class Ahead:
 
     def _run(self, draw: int) -> None:
         try:
-            for number, places in self._plan.from_draw(draw):
-                if not self._put(self._begun(number, places)):
+            for number, addresses in self._plan.from_draw(draw):
+                if not self._put(self._begin(number, addresses)):
                     return
         except BaseException as error:
             self._put(error)
 
-    def _begun(self, draw: int, places: Sequence[Place]) -> _OnItsWay:
-        if self._plan.looks_ahead_at(draw) or self._is_first:
-            self.decoder.reader.want(dict.fromkeys(place.piece for place in places))
-            self.decoder.reader.want(self._plan.ahead_of(draw))
+    def _begin(self, draw: int, addresses: Sequence[ImageAddress]) -> _PendingBatch:
+        if self._plan.prefetches_at(draw) or self._is_first:
+            self.decoder.reader.want(dict.fromkeys(address.piece for address in addresses))
+            self.decoder.reader.want(self._plan.pieces_to_prefetch(draw))
             self._is_first = False
         new = not self._unused
         images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned) if new else self._unused.pop()
         pixels = images.numpy()
-        if len(places) <= self._part:
+        if len(addresses) <= self._part:
             done: Future[tuple[list[int], list[str]]] = Future()
-            done.set_result(decode_part(self.decoder, places, pixels, self._stages))
-            return _OnItsWay(images, [done])
+            done.set_result(decode_part(self.decoder, addresses, pixels, self._stages))
+            return _PendingBatch(images, [done])
         parts = [
             self._pool.submit(
-                decode_part, self.decoder, places[at : at + self._part], pixels[at : at + self._part], self._stages
+                decode_part, self.decoder, addresses[at : at + self._part], pixels[at : at + self._part], self._stages
             )
-            for at in range(0, len(places), self._part)
+            for at in range(0, len(addresses), self._part)
         ]
-        return _OnItsWay(images, parts)
+        return _PendingBatch(images, parts)
 
-    def _put(self, item: _OnItsWay | BaseException) -> bool:
-        """Hands over as soon as there is room; False if asked to stop first."""
+    def _put(self, item: _PendingBatch | BaseException) -> bool:
+        """Puts an item into the queue as soon as there is room; returns False if `close` is called first."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

@@ -20,7 +20,7 @@ from dist_gan.build import new_game
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, DCGANNetworks, RunConfig, ShardsData
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -47,7 +47,7 @@ class Trainee:
         self.config, self.runtime = config, runtime
         self.draws = Draws(config.run.seed)
         self.stream = ImageStream(
-            [(Source(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3, classes=0,
+            [(ShardFolder(config.data.url, read_manifest(config.data.url)), 1)], section=config.data, resolution=16, channels=3, classes=0,
             batch=config.run.batch, slots=runtime.slots(config.run.batch), draws=self.draws,
         )  # fmt: skip
         networks = build_networks(config.networks, seed=1)

@@ -11,7 +11,7 @@ import torch
 from dist_gan.build import new_game
 from dist_gan.config import DCGANNetworks, ObjectiveSection, RunConfig, RunSection, RuntimeSection, ShardsData
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -50,7 +50,7 @@ def main(shards: str, out: Path) -> None:
     )  # fmt: skip
     slots = runtime.slots(32)
     stream = Poisoned(
-        [(Source(shards, read_manifest(shards)), 1)], section=ShardsData(url=shards), resolution=16, channels=3, classes=0, batch=32,
+        [(ShardFolder(shards, read_manifest(shards)), 1)], section=ShardsData(url=shards), resolution=16, channels=3, classes=0, batch=32,
         slots=slots, draws=draws,
     )  # fmt: skip
     stream.poisoned_rank_here = runtime.rank == 1

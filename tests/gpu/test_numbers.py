@@ -13,7 +13,7 @@ from benchmarks.parity import compare
 from benchmarks.parity_worker import slug
 from dist_gan.checkpoint import tensorfile
 from dist_gan.config import RuntimeSection, ShardsData
-from dist_gan.data import ImageStream, Source
+from dist_gan.data import ImageStream, ShardFolder
 from dist_gan.data.manifest import read_manifest
 from dist_gan.draws import Draws
 from dist_gan.runtime import LaunchSettings, Runtime
@@ -49,7 +49,7 @@ def test_draws_and_fingerprints_are_those_of_the_cpu() -> None:
 
 def _stream(shards: Path, *, device: str) -> ImageStream:
     section = ShardsData(url=str(shards), lanes=8, block=16, flip=True, cache=0)
-    source = Source(str(shards), read_manifest(str(shards)))
+    source = ShardFolder(str(shards), read_manifest(str(shards)))
     return ImageStream(
         [(source, 1)], section=section, resolution=16, channels=3, classes=5, batch=32, slots=torch.arange(32),
         draws=Draws(3, device=device),

@@ -12,7 +12,7 @@ import pytest
 
 from dist_gan.data.disk_cache import DiskCache
 from dist_gan.data.manifest import Manifest, Shard
-from dist_gan.data.pieces import Fetched, Piece, PieceReader, Source
+from dist_gan.data.pieces import Piece, PieceBytes, PieceReader, ShardFolder
 from dist_gan.types import TrainingFailed
 from tests.services.own_store import Store, own_clock, own_store
 
@@ -25,7 +25,7 @@ def content(seed: int) -> bytes:
     return bytes((seed + byte * 7) % 251 for byte in range(1100))
 
 
-def source_of(*seeds: int, url: str = "gs://b/set", sha256: str = "0" * 64) -> Source:
+def source_of(*seeds: int, url: str = "gs://b/set", sha256: str = "0" * 64) -> ShardFolder:
     shards = tuple(
         Shard(
             name=f"{seed}.tar", bytes=1100, sha256=sha256, keys=tuple(f"{seed}/{row}" for row in range(6)),
@@ -33,7 +33,7 @@ def source_of(*seeds: int, url: str = "gs://b/set", sha256: str = "0" * 64) -> S
         )
         for seed in seeds
     )  # fmt: skip
-    return Source(url, Manifest(resolution=16, channels=3, classes=None, shards=shards, origin="by hand"))
+    return ShardFolder(url, Manifest(resolution=16, channels=3, classes=None, shards=shards, origin="by hand"))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def readers() -> Iterator[list[PieceReader]]:
 
 
 def reader_of(
-    readers: list[PieceReader], *sources: Source, memory: int = 10**6, cache: DiskCache | None = None,
+    readers: list[PieceReader], *sources: ShardFolder, memory: int = 10**6, cache: DiskCache | None = None,
     patience_s: float | None = 2.0,
 ) -> PieceReader:  # fmt: skip
     readers.append(PieceReader(sources, memory=memory, patience_s=patience_s, cache=cache))
@@ -73,9 +73,11 @@ def test_a_piece_is_the_bytes_from_its_first_image_to_the_end_of_its_last(
     piece = Piece(1, 0, first, last)
     assert reader.size(piece) == end - start
     reader.want([piece])
-    assert reader.get(piece) == Fetched(start, content(2)[start:end])
-    assert reader.get(piece) == reader.fresh(piece)
-    assert store.reads() == ([] if local else [("b/set/2.tar", start, end)] * 2), "once, and once more for `fresh`"
+    assert reader.get(piece) == PieceBytes(start, content(2)[start:end])
+    assert reader.get(piece) == reader.fetch_again(piece)
+    assert store.reads() == ([] if local else [("b/set/2.tar", start, end)] * 2), (
+        "once, and once more for `fetch_again`"
+    )
 
 
 def test_what_was_wanted_least_recently_goes_first_and_no_more_is_held_than_was_said(
@@ -127,10 +129,10 @@ def test_a_file_that_ends_early_gives_what_there_is_and_is_not_put_on_the_disk(
     store.objects["b/set/0.tar"] = content(0)[:820]
     cache = DiskCache(str(tmp_path), limit=10**6)
     reader = reader_of(readers, source_of(0), cache=cache)
-    assert reader.get(Piece(0, 0, 2, 3)) == Fetched(700, content(0)[700:820])
+    assert reader.get(Piece(0, 0, 2, 3)) == PieceBytes(700, content(0)[700:820])
     store.objects["b/set/0.tar"] = content(0)
     other = reader_of(readers, source_of(0), cache=cache)
-    assert other.get(Piece(0, 0, 2, 3)) == Fetched(700, content(0)[700:840])
+    assert other.get(Piece(0, 0, 2, 3)) == PieceBytes(700, content(0)[700:840])
 
 
 def test_the_disk_answers_for_the_same_url_version_and_range_and_for_no_other(
@@ -155,7 +157,7 @@ def test_the_disk_answers_for_the_same_url_version_and_range_and_for_no_other(
     again = reader_of(readers, source_of(0), cache=cache)
     again.get(piece)
     assert store.reads() == []
-    assert again.fresh(piece).data == content(9)[600:610], "as it is in the store now"
+    assert again.fetch_again(piece).data == content(9)[600:610], "as it is in the store now"
     assert reader_of(readers, source_of(0), cache=cache).get(piece).data == content(9)[600:610], "and so on the disk"
 
 
@@ -176,7 +178,7 @@ def test_what_is_dropped_is_forgotten_in_memory_and_on_the_disk(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     store.objects["b/set/0.tar"] = content(9)
-    assert reader.fresh(piece).data == content(9)[512:720], "though the disk keeps what it had"
+    assert reader.fetch_again(piece).data == content(9)[512:720], "though the disk keeps what it had"
 
 
 def test_a_store_that_cannot_be_read_is_told_in_a_sentence_and_asked_again_by_the_next_who_needs_it(

@@ -15,7 +15,7 @@ import pytest
 from dist_gan import cli, storage
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
-from dist_gan.data.pieces import Piece, PieceReader, Source
+from dist_gan.data.pieces import Piece, PieceReader, ShardFolder
 from dist_gan.packing.fetching import ahead
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.sources import open_source
@@ -91,7 +91,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def read_piece(url: str) -> None:
-    reader = PieceReader([Source(url, MANIFEST)], memory=2**20, patience_s=None, cache=None)
+    reader = PieceReader([ShardFolder(url, MANIFEST)], memory=2**20, patience_s=None, cache=None)
     try:
         reader.get(Piece(0, 0, 0, 0))
     finally:

@@ -19,7 +19,7 @@ from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Sample, Stage
 from dist_gan.data.manifest import read_manifest
 from dist_gan.data.order import held_out
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.packing.array_sources import ArraySource
@@ -41,7 +41,7 @@ def stream(
 ) -> ImageStream:
     settings = {"lanes": 8, "block": 16} | order
     return ImageStream(
-        [(Source(str(url), read_manifest(str(url))), 1)],
+        [(ShardFolder(str(url), read_manifest(str(url))), 1)],
         section=ShardsData(url=str(url), **settings),
         resolution=16,
         channels=3,
@@ -289,7 +289,7 @@ def mixed(
 ) -> ImageStream:
     first = str(next(iter(urls)))
     return ImageStream(
-        [(Source(str(url), read_manifest(str(url))), weight) for url, weight in urls.items()],
+        [(ShardFolder(str(url), read_manifest(str(url))), weight) for url, weight in urls.items()],
         section=ShardsData(url=first, **{"lanes": 8, "block": 16} | order),  # type: ignore[arg-type]
         resolution=16, channels=3, classes=0, batch=batch, slots=torch.arange(rank, batch, world_size), draws=Draws(0),
     )  # fmt: skip

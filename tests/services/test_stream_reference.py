@@ -23,7 +23,7 @@ from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Damage, Sample
 from dist_gan.data.manifest import Manifest, read_manifest
 from dist_gan.data.order import held_out
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.packing.array_sources import ArraySource
@@ -89,7 +89,7 @@ def stream(
 ) -> ImageStream:
     section = ShardsData(url=str(url), **{"lanes": 4, "block": 5} | order)  # type: ignore[arg-type]
     return ImageStream(
-        [(Source(str(url), read_manifest(str(url))), 1)],
+        [(ShardFolder(str(url), read_manifest(str(url))), 1)],
         section=section, resolution=16, channels=3, classes=classes, batch=BATCH,
         slots=torch.arange(rank, BATCH, world_size), draws=Draws(SEED), stages=stages,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def test_a_batch_that_several_threads_decode_is_put_together_in_its_order(tmp_pa
     manifest = index(str(tmp_path), workers=1, progress=False, say=lambda sentence: None)
     section = ShardsData(url=str(tmp_path), lanes=4, block=5, workers=3, prefetch=1)
     source = ImageStream(
-        [(Source(str(tmp_path), manifest), 1)], section=section, resolution=512, channels=3, classes=3, batch=BATCH,
+        [(ShardFolder(str(tmp_path), manifest), 1)], section=section, resolution=512, channels=3, classes=3, batch=BATCH,
         slots=torch.arange(BATCH), draws=Draws(SEED),
     )  # fmt: skip
     keys = wanted_keys(manifest, 2 * BATCH)
@@ -412,10 +412,10 @@ def test_whatever_changes_the_order_changes_its_fingerprint_and_nothing_else_doe
         assert stream(foreign, **same).fingerprint == kept, same
     for other in ({"lanes": 5}, {"block": 6}, {"holdout": 0.2}, {"balance": True}):
         assert stream(foreign, **other).fingerprint != kept, other
-    source = Source(str(foreign), read_manifest(str(foreign)))
+    source = ShardFolder(str(foreign), read_manifest(str(foreign)))
     common: dict[str, Any] = {"section": ShardsData(url="x", lanes=4, block=5), "resolution": 16, "channels": 3}
 
-    def made(sources: list[tuple[Source, int]], *, batch: int = BATCH, seed: int = SEED) -> str:
+    def made(sources: list[tuple[ShardFolder, int]], *, batch: int = BATCH, seed: int = SEED) -> str:
         slots, draws = torch.arange(batch), Draws(seed)
         return ImageStream(sources, classes=3, batch=batch, slots=slots, draws=draws, **common).fingerprint
 
@@ -436,14 +436,14 @@ def test_networks_that_do_not_fit_the_images_are_refused(foreign: Path, networks
     fitting: dict[str, Any] = {"resolution": 16, "channels": 3, "classes": 3}
     with pytest.raises(UserError, match=told):
         ImageStream(
-            [(Source(str(foreign), read_manifest(str(foreign))), 1)], section=ShardsData(url=str(foreign)),
+            [(ShardFolder(str(foreign), read_manifest(str(foreign))), 1)], section=ShardsData(url=str(foreign)),
             batch=BATCH, slots=torch.arange(BATCH), draws=Draws(SEED), **fitting | networks,
         )  # fmt: skip
 
 
 def test_without_classes_there_are_no_labels_and_smaller_networks_get_averages(foreign: Path) -> None:
     source = ImageStream(
-        [(Source(str(foreign), read_manifest(str(foreign))), 1)], section=ShardsData(url=str(foreign)), resolution=8,
+        [(ShardFolder(str(foreign), read_manifest(str(foreign))), 1)], section=ShardsData(url=str(foreign)), resolution=8,
         channels=3, classes=0, batch=BATCH, slots=torch.arange(BATCH), draws=Draws(SEED),
     )  # fmt: skip
     batch = source.next()

@@ -19,7 +19,7 @@ from dist_gan.build import new_game
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -54,7 +54,7 @@ def first_updates(config: RunConfig, folder: Path, *, updates: int) -> tuple[Sca
     runtime = Runtime(config.runtime, LaunchSettings(precision="fp32"))
     draws = Draws(config.run.seed, dtype=runtime.dtype)
     stream = ImageStream(
-        [(Source(str(folder), read_manifest(str(folder))), 1)], section=config.data,
+        [(ShardFolder(str(folder), read_manifest(str(folder))), 1)], section=config.data,
         resolution=config.networks.resolution, channels=3, classes=0, batch=config.run.batch,
         slots=runtime.slots(config.run.batch), draws=draws,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from dist_gan.config import ShardsData
 from dist_gan.data.manifest import Manifest, Shard
 from dist_gan.data.order import held_out
-from dist_gan.data.pieces import Piece, Source
+from dist_gan.data.pieces import Piece, ShardFolder
 from dist_gan.data.plan import Plan
 from dist_gan.types import UserError
 from tests.unit.test_order_reference import reference, shuffled
@@ -22,7 +22,7 @@ SIZE = 100
 
 def source_of(
     sizes: Sequence[int], *, url: str = "/a", classes: int = 0, large: tuple[int, int] | None = None
-) -> Source:
+) -> ShardFolder:
     """A manifest with so many images in each shard. Labels run 0, 0, 1, 0, 0, 1, ...; `large` is an image of 10,000 bytes."""
     shards = []
     for number, size in enumerate(sizes):
@@ -41,15 +41,17 @@ def source_of(
             )
         )
     names = tuple(map(str, range(classes))) if classes else None
-    return Source(url, Manifest(resolution=16, channels=3, classes=names, shards=tuple(shards), origin="by hand"))
+    return ShardFolder(url, Manifest(resolution=16, channels=3, classes=names, shards=tuple(shards), origin="by hand"))
 
 
-def plan_of(*sources: tuple[Source, int], batch: int = 12, rank: int = 0, world_size: int = 1, **order: object) -> Plan:
+def plan_of(
+    *sources: tuple[ShardFolder, int], batch: int = 12, rank: int = 0, world_size: int = 1, **order: object
+) -> Plan:
     section = ShardsData(url="/a", **{"lanes": 4, "block": 5} | order)  # type: ignore[arg-type]
     return Plan(sources, section=section, seed=7, batch=batch, slots=np.arange(rank, batch, world_size))
 
 
-def rows_of(source: Source, *, holdout: float = 0.0, label: int | None = None) -> list[list[int]]:
+def rows_of(source: ShardFolder, *, holdout: float = 0.0, label: int | None = None) -> list[list[int]]:
     """Of each shard the rows that are trained on, perhaps of one class."""
     found = []
     for shard in source.manifest.shards:
@@ -86,7 +88,7 @@ def test_a_rank_gets_of_each_batch_the_images_of_its_slots(world_size: int, hold
 def test_a_piece_is_the_whole_block_from_its_first_trained_row_to_its_last() -> None:
     source = source_of([20, 33, 8])
     plan, rows = plan_of((source, 1), holdout=0.3), rows_of(source, holdout=0.3)
-    for place in plan.places(np.arange(3 * plan.length)):
+    for place in plan.addresses(np.arange(3 * plan.length)):
         at = rows[place.shard].index(place.row) // 5 * 5
         block = rows[place.shard][at : at + 5]
         assert place.piece == Piece(0, place.shard, block[0], block[-1])
@@ -105,7 +107,7 @@ def test_what_is_held_out_and_what_is_trained_on_are_all_rows_and_have_none_in_c
 def test_classes_are_balanced_cycle_by_cycle_and_each_goes_through_its_own_rows() -> None:
     source = source_of([20, 33, 8], classes=2)
     plan = plan_of((source, 1), balance=True)
-    places = plan.places(np.arange(600))
+    places = plan.addresses(np.arange(600))
     parts = [sequence(rows_of(source, label=label), name=f"order/class/{label}") for label in (0, 1)]
     wanted = []
     for cycle in range(300):
@@ -129,8 +131,8 @@ def test_sources_are_mixed_by_their_weights_and_each_keeps_its_own_order() -> No
     for cycle in range(50):
         for at in shuffled(8, 7, "mixture/parts", cycle, 0):
             wanted.append((owners[at], *next(parts[owners[at]])))
-    assert [(p.source, p.shard, p.row) for p in plan.places(np.arange(400))] == wanted
-    assert all(p.piece.source == p.source for p in plan.places(np.arange(400)))
+    assert [(p.folder, p.shard, p.row) for p in plan.addresses(np.arange(400))] == wanted
+    assert all(p.piece.folder == p.folder for p in plan.addresses(np.arange(400)))
 
 
 def test_a_piece_is_announced_as_long_before_it_is_needed_as_a_lane_stays_with_a_block() -> None:
@@ -144,9 +146,9 @@ def test_a_piece_is_announced_as_long_before_it_is_needed_as_a_lane_stays_with_a
         for draw in range(250):
             for place in plan.of_draw(draw):
                 met.setdefault(place.piece, draw)
-            if plan.looks_ahead_at(draw):
+            if plan.prefetches_at(draw):
                 asked += 1
-                for piece in plan.ahead_of(draw):
+                for piece in plan.pieces_to_prefetch(draw):
                     told.setdefault(piece, draw)
         assert all(draw - told[piece] >= 25 for piece, draw in met.items() if draw)
         assert len(met) > 60
@@ -157,8 +159,8 @@ def test_images_that_are_read_singly_are_announced_as_many_draws_ahead_as_are_de
     plan = plan_of((source_of([400], large=(0, 7)), 1), lanes=80, memory=2**20, prefetch=6)
     assert not plan.by_block
     for draw in (0, 11):
-        assert plan.looks_ahead_at(draw)
-        assert list(plan.ahead_of(draw)) == [place.piece for place in plan.of_draw(draw + 6)]
+        assert plan.prefetches_at(draw)
+        assert list(plan.pieces_to_prefetch(draw)) == [place.piece for place in plan.of_draw(draw + 6)]
         assert all(place.piece == Piece(0, place.shard, place.row, place.row) for place in plan.of_draw(draw))
 
 

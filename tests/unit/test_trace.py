@@ -25,7 +25,7 @@ from dist_gan.config import (
 )
 from dist_gan.config import RunConfig as Config
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.pieces import Source
+from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks
@@ -58,7 +58,7 @@ def fifty_steps(folder: Path) -> list[dict[str, float]]:
     runtime = Runtime(config.runtime, LaunchSettings(precision="fp64"))
     draws = Draws(11, dtype=runtime.dtype)
     stream = ImageStream(
-        [(Source(str(folder), read_manifest(str(folder))), 1)], section=config.data, resolution=16, channels=3, classes=3,
+        [(ShardFolder(str(folder), read_manifest(str(folder))), 1)], section=config.data, resolution=16, channels=3, classes=3,
         batch=16, slots=runtime.slots(16), draws=draws,
     )  # fmt: skip
     game = new_game(config, runtime, build_networks(config.networks, seed=3), stream, draws)

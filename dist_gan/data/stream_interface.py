@@ -1,0 +1,66 @@
+"""What the training loop asks of a stream of real samples, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dist_gan.data.decoding import Damage
+from dist_gan.types import Batch
+
+
+class Stream(Protocol):
+    """An endless stream of batches whose order is a function of the seed and of the number of the batch."""
+
+    draw: int
+    """Number of the next global batch."""
+    waited_s: float
+    """Seconds for which training has waited for data."""
+
+    @property
+    def retries(self) -> int:
+        """Number of requests to the store that this rank had to repeat."""
+        ...
+
+    @property
+    def num_damaged(self) -> int:
+        """Number of images known to be damaged, over all ranks."""
+        ...
+
+    def next(self) -> Batch:
+        """This rank's part of the next global batch, on the device."""
+        ...
+
+    def preview(self, count: int) -> Tensor:
+        """The first `count` samples of the order, on the device, for the sample grid."""
+        ...
+
+    def seek(self, draw: int) -> None:
+        """Makes global batch number `draw` the next one."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads that prefetch."""
+        ...
+
+    def damaged(self) -> list[Damage]:
+        """Images that this rank has found damaged since the last call."""
+        ...
+
+    def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
+        """Counts the damaged images that all ranks have found, and returns the new ones, the same on all ranks.
+
+        Raises:
+            TrainingFailed: more images are damaged than may be substituted.
+        """
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """Number of batches consumed, and fingerprint of the order, for the checkpoint."""
+        ...
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Continues from the state that `values` returned."""
+        ...

@@ -1,96 +1,10 @@
-"""Trains a GAN.
-
-    accelerate launch train.py                                    the embedded run: shapes that the program draws
-    accelerate launch train.py configs/NAME.yaml [section.key=value ...]
-    python train.py --dry-run [configs/NAME.yaml] [section.key=value ...]
-    python train.py --help
-
-Running the same command again resumes. --dry-run checks settings and data, and shows the resolved run. Exit code:
-0 finished; 2 the configuration is wrong; 3 training failed and starting again would not help; anything else is a crash.
-Launchers exit with 1 after any failure: read outcome.json. DIST_GAN_TRACEBACK=1 prints tracebacks of unforeseen errors.
-"""
+"""Trains a GAN; `python train.py --help` prints usage and settings. The program is `dist_gan/__main__.py`."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from pathlib import Path
-from types import FrameType
 
-
-def interrupted(number: int, frame: FrameType | None) -> None:
-    """Signal handler while modules are still being imported: ends the program with one sentence."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"dist_gan: stopped by SIGINT before the start; start the same command again\n")
-    os._exit(130)
-
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, interrupted)
-
-# Read once, when torch is imported: waiting threads sleep instead of spinning. With spinning, one other busy process
-# on the machine (or our own decoder) made a step of small networks seven times slower; measured on two cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from dist_gan.config.reader import run_dir_of, schema_help  # noqa: E402
-from dist_gan.mistakes import UserError  # noqa: E402
-from dist_gan.process.start import describe, place_in_launch, settings  # noqa: E402
-from dist_gan.wording import last_resort, print_anything, report, safe  # noqa: E402
-
-EMBEDDED = Path(__file__).resolve().parent / "configs" / "shapes.yaml"
-
-
-def main(arguments: list[str]) -> int:
-    """Reads the command line, and trains or shows what would be trained."""
-    print_anything()
-    try:
-        return _main(arguments)
-    except Exception as error:
-        print(report(f"dist_gan: {last_resort(error)}"), file=sys.stderr, flush=True)
-        return 1
-
-
-def _main(arguments: list[str]) -> int:
-    flags = [a for a in arguments if a.startswith("-")]
-    files = [a for a in arguments if not a.startswith("-") and "=" not in a]
-    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
-    if "--help" in flags or "-h" in flags:
-        print(help_text())
-        return 0
-    is_rehearsal = "--dry-run" in flags
-    try:
-        place = place_in_launch(os.environ)
-    except UserError as error:  # the rank is unknown, so every rank reports the mistake
-        print(report(f"dist_gan: {error}"), flush=True)
-        return 2
-    try:
-        unknown = [f for f in flags if f != "--dry-run"]
-        if unknown or len(files) > 1:
-            raise UserError(
-                f"{' '.join(unknown or files[1:])}: not understood; give one YAML file, settings as section.key=value, "
-                f"--dry-run or --help"
-            )
-        config = settings(files[0] if files else EMBEDDED, overrides, place=place, is_rehearsal=is_rehearsal)
-    except UserError as error:
-        # The default folder was not named by the user, and a rehearsal writes nothing.
-        named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
-        from dist_gan.process.life import refuse_start
-
-        return refuse_start(error, named)
-    if is_rehearsal:
-        for line in describe(config, world_size=place.world_size).splitlines():
-            print(safe(line))
-        return 0
-    from dist_gan.process.life import run
-
-    return run(config)
-
-
-def help_text() -> str:
-    """Text of `--help`: usage, and every setting with default and description."""
-    return f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}"
-
+from dist_gan.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

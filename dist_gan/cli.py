@@ -1,11 +1,13 @@
-"""The `dist-gan` command: prepares image data sets before a run, and uses checkpoints after it."""
+"""The `dist-gan` command: prepares a project folder and image data sets before a run, and uses checkpoints after it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_gan import storage, urls
@@ -46,6 +48,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dist-gan", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    init = commands.add_parser("init", help="lay train.py, recipes, launch files and the Slurm script into a folder")
+    init.add_argument("folder", help="local path of the folder, which may exist; nothing in it is overwritten")
+    init.set_defaults(run=_init)
 
     pack = commands.add_parser(
         "pack", help="write images (folder, bucket, zip or npz) as WebDataset shards with a manifest"
@@ -101,11 +107,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settle_places(options: argparse.Namespace) -> None:
     """Normalises every path and URL among the options. Raises: UserError."""
-    for name in ("source", "dest", "url"):
+    for name in ("folder", "source", "dest", "url"):
         if hasattr(options, name):
-            local = name == "dest" and options.run is _sample  # Pillow writes samples to local paths only
+            # Pillow writes samples to local paths only, and Slurm and launchers read local files.
+            local = name == "folder" or (name == "dest" and options.run is _sample)
             settle = urls.local_place_of if local else urls.place_of
             setattr(options, name, settle(getattr(options, name), place=name.upper()))
+
+
+def _init(options: argparse.Namespace) -> int:
+    from dist_gan.project import NAMES, lay_out
+
+    lay_out(Path(options.folder))
+    _show(
+        f"{options.folder}: {', '.join(NAMES)} are in place. Next:",
+        f"  cd {shlex.quote(options.folder)}",
+        "  accelerate launch train.py                            # trains on shapes that the program draws, in minutes",
+        "  python train.py --dry-run configs/photos-64.yaml      # checks a recipe and prints its settings",
+        "  sbatch slurm/train.sh                                 # the same run on two nodes of a Slurm cluster",
+    )
+    return 0
 
 
 def _pack(options: argparse.Namespace) -> int:

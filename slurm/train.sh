@@ -38,7 +38,7 @@ trap 'say "slurm/train.sh: line $LINENO failed"' ERR
 
 [[ "${SLURM_JOB_ID:-}" =~ ^[0-9]+$ && -n "${SLURM_JOB_NODELIST:-}" ]] ||
   fail "SLURM_JOB_ID is '${SLURM_JOB_ID:-}', which is no job of Slurm; start this with: sbatch slurm/train.sh"
-[[ -f train.py && -d dist_gan ]] ||
+[[ -f train.py && -f slurm/join.py ]] ||
   fail "$PWD is not the project folder; submit from there, or with: sbatch --chdir=PROJECT PROJECT/slurm/train.sh"
 
 # -- what is trained, and where ---------------------------------------------------------------------------------------

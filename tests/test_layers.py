@@ -31,14 +31,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "runtime.*", "data.*", "packing.*", "embedded.*", "tracker", "checkpoint.schema", "checkpoint.reader",
-        "checkpoint.retention", "checkpoint.writer", "scalars", "process.outcome", "run_folder", "export",
+        "checkpoint.retention", "checkpoint.writer", "scalars", "process.outcome", "run_folder", "export", "project",
         "health.monitor", "health.candidate", "metrics.*", "evaluate",
     ),
     (
         "run_data", "health.recovery", "state", "step", "sampling", "resume", "report", "saving", "build", "trainer",
         "process.ending", "process.life", "process.start",
     ),
-    ("cli", "train"),
+    ("cli", "__main__", "train"),
 )  # fmt: skip
 """Floor by floor, L0 first. In L3 the order of the names is the order of building: a room sees only earlier rooms."""
 

@@ -24,7 +24,7 @@ import torch
 
 import torch.distributed as dist
 
-import train
+from dist_gan import __main__ as program
 from dist_gan.build import Run
 from dist_gan.process import life
 from dist_gan.data.stream import ImageStream
@@ -115,5 +115,5 @@ if __name__ == "__main__":
     if FAULT != "build":
         instrument()
     if RANK == FAULTY and FAULT == "refused":
-        sys.exit(train.main([sys.argv[3], *overrides, "run.imagez=3"]))
-    sys.exit(train.main([sys.argv[3], *overrides]))
+        sys.exit(program.main([sys.argv[3], *overrides, "run.imagez=3"]))
+    sys.exit(program.main([sys.argv[3], *overrides]))

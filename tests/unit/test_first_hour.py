@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from benchmarks.first_hour import cut
+from dist_gan import __main__ as program
 from dist_gan import cli
 from dist_gan.build import new_game
 from dist_gan.config import RunConfig
@@ -98,7 +98,7 @@ def test_the_readmes_command_names_a_recipe_and_dry_runs(
     path, *overrides = words_of_the_readme("train.py")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(shards.parent)
-    assert train.main(["--dry-run", str(ROOT / path), *overrides]) == 0
+    assert program.main(["--dry-run", str(ROOT / path), *overrides]) == 0
     shown = capsys.readouterr().out
     assert "url: shards" in shown
     assert "resolution: 64" in shown

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-import train
+from dist_gan import __main__ as program
 from dist_gan import cli, wording
 from dist_gan.checkpoint.reader import listed
 from dist_gan.config.reader import load_config
 from dist_gan.config.rules import logged_scalars
 from dist_gan.models import build_networks, count_parameters, sizes
 from dist_gan.process import start
+from dist_gan.project import EMBEDDED_RECIPE
 from dist_gan.types import UserError
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
-    assert train.main(list(arguments)) == code
+    assert program.main(list(arguments)) == code
     told = capsys.readouterr()
     return told.out + told.err
 
@@ -160,9 +161,9 @@ def test_an_unforeseen_error_is_one_sentence_and_its_traceback_comes_when_asked_
     def breaks(*_: object, **__: object) -> None:
         raise KeyError("s3://u:SECRET@b\ndist_gan: finished\x1b[31m")
 
-    monkeypatch.setattr(train, "settings", breaks)
+    monkeypatch.setattr(start, "settings", breaks)
     monkeypatch.setattr(cli, "_settle_places", breaks)
-    for main, arguments in ((train.main, []), (cli.main, ["inspect", "x"])):
+    for main, arguments in ((program.main, []), (cli.main, ["inspect", "x"])):
         for asked in ("", "0", "1"):
             monkeypatch.setenv(wording.TRACEBACK, asked)
             assert main(arguments) == 1
@@ -202,8 +203,8 @@ def test_a_run_may_keep_its_best_by_whatever_its_checkpoints_hold_and_by_nothing
     game: str, tmp_path: Path
 ) -> None:
     overrides = [*GAMES[game], "run.images=48", "log.samples=4", "runtime.threads=1", f"run.dir={tmp_path}"]
-    config = load_config(train.EMBEDDED, [*overrides, "checkpoint.keep_best=-logits/real"])
-    assert train.main([*overrides, "checkpoint.keep_best=-logits/real"]) == 0
+    config = load_config(EMBEDDED_RECIPE, [*overrides, "checkpoint.keep_best=-logits/real"])
+    assert program.main([*overrides, "checkpoint.keep_best=-logits/real"]) == 0
     (_, name), *_ = listed(str(tmp_path / "checkpoints"))
     scalars = json.loads((tmp_path / "checkpoints" / name / "manifest.json").read_text())["scalars"]
     assert set(scalars) == set(logged_scalars(config))
@@ -219,4 +220,4 @@ def test_a_run_may_keep_its_best_by_whatever_its_checkpoints_hold_and_by_nothing
         "penalty/r1" * (game == "plain"),
     ):
         with pytest.raises(UserError, match=r"checkpoint\.keep_best: .* names no scalar|at least 1 character"):
-            load_config(train.EMBEDDED, [*overrides, f"checkpoint.keep_best={wrong!r}"])
+            load_config(EMBEDDED_RECIPE, [*overrides, f"checkpoint.keep_best={wrong!r}"])

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
+from dist_gan import __main__ as program
 from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
 from tests.conftest import ROOT, environment, launch, random_images
 
 
 def start(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = train.main(list(arguments))
+    code = program.main(list(arguments))
     return code, capsys.readouterr().out
 
 

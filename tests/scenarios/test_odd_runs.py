@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import train
+from dist_gan import __main__ as program
 from dist_gan import cli
 from dist_gan.checkpoint import reader
 
@@ -25,7 +25,7 @@ SETTINGS = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of five checkpoints, all healthy but the last."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main([*SETTINGS, f"run.dir={run}"]) == 0
+    assert program.main([*SETTINGS, f"run.dir={run}"]) == 0
     assert len(list((run / "checkpoints").glob("*/HEALTHY"))) == 4
     return run
 
@@ -39,7 +39,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def start(capsys: pytest.CaptureFixture[str], run: Path, *extra: str) -> tuple[int, str]:
     """Exit code of a start, and all that it said."""
     capsys.readouterr()
-    code = train.main([*SETTINGS, f"run.dir={run}", *extra])
+    code = program.main([*SETTINGS, f"run.dir={run}", *extra])
     said = capsys.readouterr()
     assert "Traceback" not in said.out + said.err
     return code, said.out + said.err

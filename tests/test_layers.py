@@ -7,6 +7,7 @@ much as one at the top of a module.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -390,12 +391,14 @@ def test_the_parts_that_settings_are_assembled_from_know_the_types_of_values_alo
     assert not any(found.values()), found
 
 
-def test_the_script_asks_for_sleeping_threads_before_anything_can_import_torch() -> None:
-    body = trees()["train"].body
-    (asks,) = [i for i, node in enumerate(body) if "OMP_WAIT_POLICY" in ast.unparse(node)]
-    early = {alias.name for node in body[:asks] if isinstance(node, ast.Import) for alias in node.names}
-    early |= {str(node.module) for node in body[:asks] if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in early} <= {"__future__", "os", "signal", "sys", "pathlib", "types"}
+def test_torch_is_loaded_after_its_threads_have_been_told_to_sleep(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, sys; print(os.environ.get('OMP_WAIT_POLICY')); sys.exit(9)")
+    found = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    found.pop("OMP_WAIT_POLICY", None)
+    for program in (["-m", "dist_gan"], [str(ROOT / "train.py")]):
+        command = [sys.executable, *program, "--dry-run"]
+        done = subprocess.run(command, cwd=ROOT, env=found, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (9, "PASSIVE\n"), done.stderr
 
 
 def test_importing_the_package_or_the_types_of_values_loads_neither_torch_nor_what_only_training_needs() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -110,16 +109,6 @@ def test_the_module_and_train_py_show_the_same_help(tmp_path: Path) -> None:
     ]
     assert shown[0] == shown[1]
     assert "run.batch = " in shown[0]
-
-
-def test_torch_is_loaded_after_its_threads_have_been_told_to_sleep(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import os, sys; print(os.environ.get('OMP_WAIT_POLICY')); sys.exit(9)")
-    found = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    found.pop("OMP_WAIT_POLICY", None)
-    for program in (["-m", "dist_gan"], [str(ROOT / "train.py")]):
-        command = [sys.executable, *program, "--dry-run"]
-        done = subprocess.run(command, cwd=ROOT, env=found, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (9, "PASSIVE\n"), done.stderr
 
 
 def test_a_project_folder_is_laid_beside_other_files_and_overwrites_none(

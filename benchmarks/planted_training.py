@@ -1086,9 +1086,9 @@ FAULTS = [
     ),
     (
         "a part's values are not taken back",
-        "dist_gan/checkpoint/writer.py",
-        '                state.load_values(manifest["values"][part])\n',
-        "                str(part)\n",
+        "dist_gan/checkpoint/restoring.py",
+        '            state.load_values(manifest["values"][part])\n',
+        "            str(part)\n",
         (UNBROKEN,),
     ),
     (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dist_gan.checkpoint.writer import Written
+from dist_gan.checkpoint.share import CommittedCheckpoint
 from dist_gan.data import Damage, Stream
 from dist_gan.health.monitor import Verdict
 from dist_gan.metrics import Metric
@@ -149,7 +149,7 @@ class Report:
         self.scalars = ScalarMeans()
         self.begin()
 
-    def committed(self, checkpoints: Sequence[Written]) -> None:
+    def committed(self, checkpoints: Sequence[CommittedCheckpoint]) -> None:
         """Checkpoints that have been committed."""
         for done in checkpoints:
             self.tracker.event(

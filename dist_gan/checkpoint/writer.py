@@ -1,8 +1,9 @@
-"""Writes checkpoints from all ranks together, in the background, whole or not at all.
+"""Saves checkpoints on all ranks together, in the background, and loads them. A checkpoint is complete or absent.
 
-The training thread only copies: each rank its share, into one buffer that is laid out as the file. What follows (hash,
-write, manifest, COMMIT, retention) is the business of a thread on each rank, which agree over a process group of their
-own. At most one checkpoint is in flight. dist_gan.checkpoint.reader says what a checkpoint is.
+The training thread only copies: each rank copies its share of the tensors into one buffer that is laid out as the file.
+A thread on each rank then hashes and writes the file; rank 0 writes the manifest and COMMIT, and deletes old
+checkpoints. These threads communicate over a process group of their own. At most one checkpoint is being written at a
+time. `dist_gan.checkpoint.reader` describes the format.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,39 +23,13 @@ from dist_gan import storage
 from dist_gan.checkpoint import reader as form
 from dist_gan.checkpoint import retention, schema
 from dist_gan.checkpoint.reader import Found
+from dist_gan.checkpoint.restoring import refuse_other_settings, restore
+from dist_gan.checkpoint.share import BackgroundHash, CommittedCheckpoint, WriteJob, deal
 from dist_gan.checkpoint.tensorfile import FileBuffer
 from dist_gan.config import CheckpointSection
-from dist_gan.config.reader import differences, read_written
 from dist_gan.runtime import Fingerprints, Runtime, raise_first
-from dist_gan.types import Scalars, Stateful, TensorFacts, TrainingFailed, UserError
+from dist_gan.types import Scalars, Stateful, TrainingFailed, UserError
 from dist_gan.wording import safe
-
-
-class Written(NamedTuple):
-    """A checkpoint that has been committed."""
-
-    url: str
-    images: int
-    blocked_s: float
-    """Seconds that training stood still for it."""
-    durable_s: float
-    """Seconds from its boundary to its commit."""
-
-
-class _Job(NamedTuple):
-    """Work for the thread that writes a checkpoint."""
-
-    url: str
-    images: int
-    file: str
-    values: str
-    """JSON state of all parts, as it was at the boundary."""
-    scalars: Scalars
-    fingerprints: Fingerprints
-    ready: torch.cuda.Event | None
-    """Reached once a GPU's copies have arrived."""
-    began: float
-    blocked_s: float
 
 
 class Checkpointer:
@@ -86,7 +61,7 @@ class Checkpointer:
         self._buffer: FileBuffer | None = None
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
-        self._written: list[Written] = []
+        self._written: list[CommittedCheckpoint] = []
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +83,7 @@ class Checkpointer:
         runtime = self._runtime
         url = self._next_url(images)
         table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
-        mine = _dealt(table, runtime.world_size)[runtime.rank]
+        mine = deal(table, runtime.world_size)[runtime.rank]
         share = {name: table[name] for name in mine}
         if self._buffer is None or self._buffer.table != share:
             self._buffer = FileBuffer(share, pinned=runtime.device.type == "cuda")
@@ -125,7 +100,7 @@ class Checkpointer:
             raise TrainingFailed(
                 f"a checkpoint cannot be written: {given} tensors came, and {len(table)} were announced"
             )
-        job = _Job(
+        job = WriteJob(
             url=url,
             images=images,
             file=f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors",
@@ -159,7 +134,7 @@ class Checkpointer:
         """True if this rank knows that the checkpoint in flight has failed; `drain` raises the reason on all ranks."""
         return self._problem is not None
 
-    def finished(self) -> list[Written]:
+    def finished(self) -> list[CommittedCheckpoint]:
         """Checkpoints that have been committed since the last call."""
         found, self._written = self._written, []
         return found
@@ -186,22 +161,24 @@ class Checkpointer:
 
     # -- the writing thread ---------------------------------------------------------------------------------------
 
-    def _run(self, job: _Job, buffer: FileBuffer) -> None:
+    def _run(self, job: WriteJob, buffer: FileBuffer) -> None:
         try:
             self._write(job, buffer)
-            self._written.append(Written(job.url, job.images, job.blocked_s, time.perf_counter() - job.began))
+            self._written.append(
+                CommittedCheckpoint(job.url, job.images, job.blocked_s, time.perf_counter() - job.began)
+            )
             if self._runtime.is_main:
                 self._clear_away(job.url)
         except BaseException as error:  # is raised by `drain`, on the training thread
             self._problem = error
 
-    def _write(self, job: _Job, buffer: FileBuffer) -> None:
+    def _write(self, job: WriteJob, buffer: FileBuffer) -> None:
         runtime = self._runtime
         if job.ready is not None:
             job.ready.synchronize()
         runtime.writer_group.compare_replicas(job.fingerprints)
         data = buffer.bytes()
-        digest = _Digest(data)
+        digest = BackgroundHash(data)
         problem, written = None, {}
         try:
             storage.make_folder(job.url)
@@ -227,7 +204,7 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
         raise_first([runtime.writer_group.share_json(problem)])
 
-    def _commit(self, job: _Job, files: list[Any]) -> None:
+    def _commit(self, job: WriteJob, files: list[Any]) -> None:
         manifest = {
             "format": schema.FORMAT,
             "version": schema.VERSION,
@@ -338,60 +315,6 @@ class Checkpointer:
         except (UserError, TrainingFailed) as error:
             problem = error
         self._runtime.control_group.raise_together(problem)
-        self._refuse_other_settings(url, manifest)
-        lacking = parts.keys() - manifest["values"].keys()
-        if lacking:
-            raise UserError(
-                f"{storage.redact(url)}: does not hold {', '.join(sorted(lacking))}; take another checkpoint"
-            )
-        for part, state in parts.items():
-            prefix = f"{part}/"
-            try:
-                state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-                state.load_values(manifest["values"][part])
-            except UserError:
-                raise
-            except ValueError as error:
-                raise UserError(f"{storage.redact(url)} does not fit this run: {error}") from error
+        refuse_other_settings(url, manifest, self._facts.get("config"))
+        restore(url, manifest, tensors, parts)
         return manifest
-
-    def _refuse_other_settings(self, url: str, manifest: Mapping[str, Any]) -> None:
-        """Raises UserError if a checkpoint's settings are missing, or differ where a resumed run has to keep them."""
-        mine, theirs = self._facts.get("config"), manifest.get("config")
-        if mine is None or mine == theirs:
-            return
-        place = storage.redact(url)
-        if theirs is None:
-            raise UserError(f"{place} is damaged: its manifest.json has no settings{form.ANOTHER}")
-        before, _ = read_written(theirs, place=f"the settings in {place}/manifest.json")
-        changed = differences(before, read_written(mine, place="the settings of this run")[0])
-        if changed:
-            raise UserError(
-                f"{place} belongs to a run with other settings ({'; '.join(changed)}); start with the settings of that run, "
-                f"or take its weights alone: run.init_from={place} in another run.dir"
-            )
-
-
-class _Digest:
-    """sha256 of a buffer, computed in a thread of its own while the buffer is being written."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._hash = hashlib.sha256()
-        self._thread = threading.Thread(target=self._hash.update, args=(data,), name="checkpoint hash", daemon=True)
-        self._thread.start()
-
-    def result(self) -> str:
-        """Waits for the hash."""
-        self._thread.join()
-        return self._hash.hexdigest()
-
-
-def _dealt(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
-    """Names for each rank: the largest first, always to the rank that has the fewest bytes."""
-    hands: list[list[str]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
-    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
-        rank = held.index(min(held))
-        hands[rank].append(name)
-        held[rank] += tensors[name].nbytes
-    return hands

@@ -36,6 +36,7 @@ from dist_gan.models import build_networks
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
+from dist_gan.types import HasTensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,7 +139,7 @@ def main() -> None:
             accelerator.save_state(str(folder / "accelerate"))
             saved = time.perf_counter() - began
             began = time.perf_counter()
-            everything = {p: dict(part.tensors()) for p, part in state.parts().items()}
+            everything = {p: dict(part.tensors()) for p, part in state.parts().items() if isinstance(part, HasTensors)}
             torch.save(everything, folder / "torch.pt")
             torch_saved = time.perf_counter() - began
             if turn == 0:

@@ -33,7 +33,7 @@ from dist_gan.runtime import Player, Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
 from dist_gan.state import TrainState
-from dist_gan.types import Network
+from dist_gan.types import HasTensors, Network
 
 
 class Unreduced(Runtime):
@@ -90,6 +90,7 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
     return {
         f"{part}/{name}": tensor.detach().to("cpu", copy=True)
         for part, stateful in state.parts().items()
+        if isinstance(stateful, HasTensors)
         for name, tensor in stateful.tensors()
     }
 

@@ -36,6 +36,7 @@ BEST = KEPT + "the_best_is_the_lowest_and_with_a_minus_the_highest"
 RULES = "tests/unit/test_config_rules.py::test_settings_are_refused_together_exactly_where_they_do_not_fit"
 DAMAGE = KEPT + "damage_in_any_of_its_files_is_found_named_and_never_read"
 MARKS = KEPT + "marks_decide_which_one_is_the_newest"
+EARLIER = "tests/unit/test_earlier_checkpoints.py::test_a_run_of_an_earlier_version_"
 CANDIDATE = "tests/unit/test_candidate.py"
 TWO_RANKS = "tests/dist/test_loop.py"
 TOTAL = OBJECTIVES + "the_discriminators_total_is_loss_plus_weighted_penalties_put_together_by_hand"
@@ -668,8 +669,8 @@ FAULTS = [
     (
         "a rollback that was committed is done again",
         "dist_gan/resume.py",
-        'manifest["values"]["recovery"]["rollbacks"] >= intent["recovery"]["rollbacks"]',
-        'manifest["values"]["recovery"]["rollbacks"] > intent["recovery"]["rollbacks"]',
+        '["rollbacks"] >= intent["recovery"]["rollbacks"]',
+        '["rollbacks"] > intent["recovery"]["rollbacks"]',
         (CUT_OFF,),
     ),
     (
@@ -697,8 +698,8 @@ FAULTS = [
     (
         "a run with a checkpoint takes another run's weights",
         "dist_gan/resume.py",
-        "    manifest = checkpointer.load(found.url, state.parts())\n",
-        "    manifest = checkpointer.load(found.url, state.parts())\n"
+        "    manifest = checkpointer.load(found.url, state.parts(), may_lack=MAY_BEGIN_ANEW)\n",
+        "    manifest = checkpointer.load(found.url, state.parts(), may_lack=MAY_BEGIN_ANEW)\n"
         "    if config.run.init_from:\n        _warm_start(config.run.init_from, state)\n",
         (RESUME + "a_run_with_a_checkpoint_of_its_own_takes_no_others_weights",),
     ),
@@ -719,9 +720,23 @@ FAULTS = [
     (
         "the memory of the objective is not taken back",
         "dist_gan/state.py",
-        "self.memory[name].copy_(tensor)",
-        "self.memory[name].copy_(self.memory[name])",
+        "self._memory[name].copy_(tensor)",
+        "self._memory[name].copy_(self._memory[name])",
         (UNBROKEN,),
+    ),
+    (
+        "the search for a checkpoint to roll back to overlooks the one in flight",
+        "dist_gan/checkpoint/writer.py",
+        "        self.drain()\n        found = self._on_main",
+        "        found = self._on_main",
+        (LOOP + "a_checkpoint_in_flight_when_the_run_rolls_back_is_waited_for_and_abandoned",),
+    ),
+    (
+        "a memory inside the progress is lost",
+        "dist_gan/checkpoint/schema.py",
+        'MOVED = {"objective": "progress"}',
+        'MOVED = {"objective": "elsewhere"}',
+        (EARLIER + "goes_on_with_its_objectives_memory_and_ends_where_that_version_did",),
     ),
     # -- the loop -----------------------------------------------------------------------------------------------------
     (

@@ -48,7 +48,7 @@ from dist_gan.models import build_networks
 from dist_gan.runtime import Runtime, read_launch_settings
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.types import Networks
+from dist_gan.types import HasTensors, Networks
 
 BATCH = 96
 """Divides among 1, 2, 3 and 4 processes, and each share into two micro-batches."""
@@ -174,7 +174,8 @@ class Trainee:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that a checkpoint would keep."""
-        for part, stateful in self.state.parts().items():
+        with_tensors = {n: part for n, part in self.state.parts().items() if isinstance(part, HasTensors)}
+        for part, stateful in with_tensors.items():
             for name, tensor in stateful.tensors():
                 yield f"{part}/{name}", tensor.detach()
 

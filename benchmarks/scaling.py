@@ -34,7 +34,7 @@ from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks, count_parameters
 from dist_gan.runtime import Player, Runtime, read_launch_settings
-from dist_gan.runtime.player import OptimSection, TorchPlayer, build_optimizer
+from dist_gan.runtime.player import OptimizerSettings, TorchPlayer, build_optimizer
 from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
@@ -56,7 +56,7 @@ class Alone(Runtime):
         assert isinstance(alone, Alone)
         return alone
 
-    def _player(self, name: str, module: nn.Module, section: OptimSection) -> Player:
+    def _player(self, name: str, module: nn.Module, section: OptimizerSettings) -> Player:
         module = module.to(device=self.device, dtype=self.dtype)
         return TorchPlayer(name, module, module, build_optimizer(list(module.parameters()), section), clip=section.clip)
 

@@ -162,8 +162,8 @@ def new_game(
         penalty_every=config.objective.penalty_every,
         fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
     )
-    progress = Progress(memory=objective.initial_memory(runtime.device, runtime.dtype))
-    state = TrainState(generator, discriminator, ema, stream, progress, Recovery(config.recovery))
+    memory = objective.initial_memory(runtime.device, runtime.dtype)
+    state = TrainState(generator, discriminator, ema, memory, stream, Progress(), Recovery(config.recovery))
     return Game(runtime, state, objective, draws, rules)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +50,3 @@ class GeneratorEMA:
         """Restores a state from `tensors`. Raises ValueError if names or shapes are not this network's."""
         check_table("the averaged generator", tensors, self.table())
         self.module.load_state_dict(tensors)
-
-    def values(self) -> dict[str, Any]:
-        """Empty: all state is in tensors."""
-        return {}
-
-    def load_values(self, values: dict[str, Any]) -> None:
-        """Accepts an empty state only: all state is in tensors. Raises ValueError if there are values."""
-        if values:
-            raise ValueError(f"the averaged generator: no values were kept, and {sorted(values)[:5]} are there")

@@ -15,7 +15,7 @@ from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import read_written
 from dist_gan.export import CONFIG, newest_checkpoint, open_generator
-from dist_gan.state import TrainState
+from dist_gan.state import MAY_BEGIN_ANEW, TrainState
 from dist_gan.types import TrainingFailed, UserError
 
 KEPT_IN_ROLLBACK = ("stream", "recovery")
@@ -44,8 +44,8 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     """
     wanted = config.run.resume
     if wanted not in ("auto", "never"):
-        manifest = checkpointer.load(wanted, state.parts())
-        return Resumed(wanted, (*_unknown_settings(manifest), *_not_bitwise(manifest, checkpointer)), False)
+        manifest = checkpointer.load(wanted, state.parts(), may_lack=MAY_BEGIN_ANEW)
+        return Resumed(wanted, _notes(manifest, checkpointer, state), False)
     intent = checkpointer.intended_rollback()
     if intent is not None:
         retention.check_complete(intent, checkpointer.folder)
@@ -58,11 +58,11 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
             f"run.resume: 'never', but {config.run.dir} holds the checkpoint {found.url}; choose another run.dir, "
             f"or run.resume=auto to go on from it"
         )
-    manifest = checkpointer.load(found.url, state.parts())
-    notes = (*_passed_over(found), *_unknown_settings(manifest), *_not_bitwise(manifest, checkpointer))
+    manifest = checkpointer.load(found.url, state.parts(), may_lack=MAY_BEGIN_ANEW)
+    notes = (*_passed_over(found), *_notes(manifest, checkpointer, state))
     if intent is None:
         return Resumed(found.url, notes, False)
-    if manifest["values"]["recovery"]["rollbacks"] >= intent["recovery"]["rollbacks"]:
+    if manifest["values"].get("recovery", {"rollbacks": 0})["rollbacks"] >= intent["recovery"]["rollbacks"]:
         return Resumed(found.url, notes, True)  # only the note of it had not been removed
     target = checkpointer.newest(healthy=True, before=reader.serial_of(intent["target"]) + 1)
     if target.url is None:
@@ -73,6 +73,19 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
 
 def _passed_over(found: Found) -> tuple[str, ...]:
     return tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
+
+
+def _notes(manifest: dict[str, Any], checkpointer: Checkpointer, state: TrainState) -> tuple[str, ...]:
+    """Notes about a checkpoint that was loaded."""
+    return (*_unknown_settings(manifest), *_begun_anew(manifest, state), *_not_bitwise(manifest, checkpointer))
+
+
+def _begun_anew(manifest: Mapping[str, Any], state: TrainState) -> tuple[str, ...]:
+    """Notes about parts of the run that the checkpoint lacks."""
+    lacking = [part for part in state.parts() if reader.prefix_of(manifest, part) is None]
+    if not state.memory and "objective" in lacking:  # there is no memory to lose
+        lacking.remove("objective")
+    return tuple(f"the checkpoint holds no state of the part {part!r}, which begins anew" for part in lacking)
 
 
 def _unknown_settings(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -116,7 +129,6 @@ def roll_back(checkpointer: Checkpointer, state: TrainState, *, reason: str) -> 
     Raises:
         TrainingFailed: there is no healthy checkpoint.
     """
-    checkpointer.drain()
     found = checkpointer.newest(healthy=True)
     if found.url is None:
         raise TrainingFailed(_no_way_back(reason, found))
@@ -134,7 +146,7 @@ def _go_back(checkpointer: Checkpointer, state: TrainState, url: str, intent: di
     if checkpointer.is_writer:
         checkpointer.abandon_after(url)
     parts = {name: part for name, part in state.parts().items() if name not in KEPT_IN_ROLLBACK}
-    checkpointer.load(url, parts)
+    checkpointer.load(url, parts, may_lack=MAY_BEGIN_ANEW)
     state.recovery.load_values(intent["recovery"])
     state.stream.load_values(intent["stream"])
     state.progress.seconds = float(intent["seconds"])

@@ -60,8 +60,9 @@ class Saving:
 
     def newest(self) -> str | None:
         """URL of the newest committed checkpoint, after waiting for the one that is being written."""
-        self.wait()
-        return self.checkpointer.newest().url
+        url = self.checkpointer.newest().url
+        self.note_committed()
+        return url
 
     def roll_back(self, *, reason: str) -> str:
         """Puts the run back to its newest healthy checkpoint, and returns its URL; `commit_rollback` makes it final.
@@ -72,9 +73,10 @@ class Saving:
         Raises:
             TrainingFailed: there is no healthy checkpoint.
         """
-        self.wait()
         self._candidate.drop()
-        return roll_back(self.checkpointer, self._state, reason=reason)
+        target = roll_back(self.checkpointer, self._state, reason=reason)
+        self.note_committed()
+        return target
 
     def commit_rollback(self) -> None:
         """Makes a rollback final before training goes on: a crash from here on neither undoes nor repeats it."""

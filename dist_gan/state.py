@@ -1,9 +1,9 @@
-"""All that must survive a restart, by name."""
+"""State of a run: every part that a checkpoint stores, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +14,15 @@ from dist_gan.ema import GeneratorEMA
 from dist_gan.health.recovery import Recovery
 from dist_gan.records import Record
 from dist_gan.runtime import Player
-from dist_gan.types import Stateful, TensorFacts, check_table, facts_of
+from dist_gan.types import Part, TensorFacts, check_table, facts_of
+
+MAY_BEGIN_ANEW = ("objective", "recovery")
+"""Parts that a checkpoint may lack, because an earlier version did not write them; the run begins them anew."""
 
 
 @dataclass
 class Progress:
-    """Progress of the run, and the running statistics of its objective."""
+    """Counters of a run."""
 
     images: int = 0
     """Real images shown to the discriminator, over all ranks."""
@@ -31,29 +34,9 @@ class Progress:
     """Images at the last update of the averaged generator."""
     seconds: float = 0.0
     """Time spent training, over all attempts."""
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    """The objective's memory."""
-
-    def table(self) -> dict[str, TensorFacts]:
-        """Shapes and dtypes of the objective's running statistics."""
-        return {name: facts_of(tensor) for name, tensor in self.memory.items()}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The objective's memory."""
-        return iter(self.memory.items())
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores a state from `tensors`.
-
-        Raises:
-            ValueError: the checkpoint has the running statistics of another objective.
-        """
-        check_table("the objective's memory", tensors, self.table())
-        for name, tensor in tensors.items():
-            self.memory[name].copy_(tensor)
 
     def values(self) -> dict[str, Any]:
-        """Counters."""
+        """Counters by name."""
         return {
             "images": self.images, "d_updates": self.d_updates, "g_updates": self.g_updates,
             "averaged_images": self.averaged_images, "seconds": self.seconds,
@@ -71,47 +54,77 @@ class Progress:
         self.seconds = float(values["seconds"])
 
 
-class _StreamState:
-    """A stream has no tensors."""
+class MemoryState:
+    """Checkpointed state of an objective's memory.
+
+    Args:
+        memory: the memory, whose tensors are read and written in place.
+    """
+
+    def __init__(self, memory: Mapping[str, Tensor]) -> None:
+        self._memory = memory
+
+    def table(self) -> dict[str, TensorFacts]:
+        """Shapes and dtypes of the memory's tensors."""
+        return {name: facts_of(tensor) for name, tensor in self._memory.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The memory's tensors by name."""
+        return iter(self._memory.items())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores a state from `tensors`.
+
+        Raises:
+            ValueError: the tensors are those of another objective.
+        """
+        check_table("the objective's memory", tensors, self.table())
+        for name, tensor in tensors.items():
+            self._memory[name].copy_(tensor)
+
+
+class StreamState:
+    """Checkpointed state of a stream: its position in the data order, checked before it is loaded."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def values(self) -> dict[str, Any]:
+        """Draws consumed, the fingerprint of the order, and the damaged images found."""
         return self._stream.values()
 
     def load_values(self, values: dict[str, Any]) -> None:
+        """Restores a state from `values`.
+
+        Raises:
+            ValueError: a value has another type or range.
+            UserError: the data are not those of the checkpoint.
+        """
         check_stream(Record(values, place="the place in the data"))
         self._stream.load_values({"damaged": []} | values)  # the earliest checkpoints lack this entry
-
-    def table(self) -> dict[str, TensorFacts]:
-        return {}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        check_table("the stream", tensors, {})
 
 
 @dataclass
 class TrainState:
-    """Every part of a run that has a past. The keys of `parts` are the checkpoint's contract."""
+    """Every part of a run that survives a restart. The keys of `parts` are names in the checkpoint's format."""
 
     generator: Player
     discriminator: Player
     ema: GeneratorEMA
+    memory: dict[str, Tensor]
+    """Small tensors that the objective keeps from update to update."""
     stream: Stream
     progress: Progress
     recovery: Recovery
 
-    def parts(self) -> dict[str, Stateful]:
-        """Stateful parts that a checkpoint stores, by name."""
+    def parts(self) -> dict[str, Part]:
+        """Parts that a checkpoint stores, by name."""
         return {
             "generator": self.generator,
             "discriminator": self.discriminator,
             "ema": self.ema,
-            "stream": _StreamState(self.stream),
+            "objective": MemoryState(self.memory),
+            "stream": StreamState(self.stream),
             "progress": self.progress,
             "recovery": self.recovery,
         }

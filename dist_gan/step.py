@@ -100,7 +100,7 @@ class Game:
 
     def _update(self, turn: _Turn, batch: Batch, knobs: Knobs, scalars: ScalarMeans) -> Update:
         """One player's update on one batch: gradients of all micro-batches, one vote, one move."""
-        runtime, draws, memory = self.runtime, self.draws, self.state.progress.memory
+        runtime, draws, memory = self.runtime, self.draws, self.state.memory
         active, resting = turn.active, turn.resting
         buffers = _floating_buffers(active, resting)
         before = [b.clone() for b in buffers]

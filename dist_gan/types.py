@@ -83,8 +83,8 @@ class TensorFacts(NamedTuple):
 
 
 @runtime_checkable
-class Stateful(Protocol):
-    """Whatever must survive a restart: tensors by name, and JSON values by name."""
+class HasTensors(Protocol):
+    """A part of a run whose state is tensors by name."""
 
     def table(self) -> dict[str, TensorFacts]:
         """Names, shapes and dtypes of its tensors, in their order; equal on every rank."""
@@ -95,16 +95,25 @@ class Stateful(Protocol):
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores a state from the tensors that `tensors` yielded."""
+        """Restores a state from the tensors that `tensors` yielded. Raises ValueError if names or shapes differ."""
         ...
 
+
+@runtime_checkable
+class HasValues(Protocol):
+    """A part of a run whose state is JSON values by name."""
+
     def values(self) -> dict[str, Any]:
-        """JSON values by name."""
+        """JSON values by name; equal on every rank."""
         ...
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Restores a state from the JSON values that `values` returned."""
+        """Restores a state from the JSON values that `values` returned. Raises ValueError if they are invalid."""
         ...
+
+
+Part = HasTensors | HasValues
+"""A part of a run that a checkpoint stores: its state is tensors, or JSON values, or both."""
 
 
 def unit_range(images_uint8: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dist_gan import records, storage
-from dist_gan.checkpoint import tensorfile
+from dist_gan.checkpoint import schema, tensorfile
 from dist_gan.checkpoint.schema import FORMAT, VERSION, check
 from dist_gan.records import Damaged, Record
 from dist_gan.types import TensorFacts, TrainingFailed, UserError
@@ -215,6 +215,14 @@ def announced(manifest: Mapping[str, Any], *, prefix: str) -> dict[str, TensorFa
         for name, entry in manifest["tensors"].items()
         if name.startswith(prefix)
     }
+
+
+def prefix_of(manifest: Mapping[str, Any], part: str) -> str | None:
+    """Beginning of the names of a part's tensors in a checkpoint; None if the checkpoint lacks the part."""
+    if part in manifest["values"]:
+        return f"{part}/"
+    former = f"{schema.MOVED[part]}/" if part in schema.MOVED else None
+    return former if former and any(name.startswith(former) for name in manifest["tensors"]) else None
 
 
 def _facts(entry: Mapping[str, Any]) -> TensorFacts:

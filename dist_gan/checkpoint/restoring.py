@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from dist_gan import storage
-from dist_gan.checkpoint.reader import ANOTHER
+from dist_gan.checkpoint.reader import ANOTHER, prefix_of
 from dist_gan.config.reader import differences, read_written
-from dist_gan.types import Stateful, UserError
+from dist_gan.types import HasTensors, HasValues, Part, UserError
 
 
 def refuse_other_settings(url: str, manifest: Mapping[str, Any], config: str | None) -> None:
@@ -35,21 +35,38 @@ def refuse_other_settings(url: str, manifest: Mapping[str, Any], config: str | N
 
 
 def restore(
-    url: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], parts: Mapping[str, Stateful]
+    url: str,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
+    *,
+    may_lack: Collection[str] = (),
 ) -> None:
-    """Gives every part its tensors and values from a checkpoint.
+    """Gives every part its tensors and values from a checkpoint; a part that it lacks stays as it is.
+
+    Args:
+        url: URL of the checkpoint, for messages.
+        manifest: the checkpoint's manifest.
+        tensors: the checkpoint's tensors by name.
+        parts: parts of the run by name.
+        may_lack: parts that the checkpoint may lack.
 
     Raises:
-        UserError: the checkpoint lacks a part, or its tensors do not fit the part.
+        UserError: the checkpoint lacks another part, or its tensors do not fit the part.
     """
-    lacking = parts.keys() - manifest["values"].keys()
+    prefixes = {part: prefix_of(manifest, part) for part in parts}
+    lacking = sorted(part for part, prefix in prefixes.items() if prefix is None and part not in may_lack)
     if lacking:
-        raise UserError(f"{storage.redact(url)}: does not hold {', '.join(sorted(lacking))}; take another checkpoint")
+        raise UserError(f"{storage.redact(url)}: does not hold {', '.join(lacking)}; take another checkpoint")
     for part, state in parts.items():
-        prefix = f"{part}/"
+        prefix = prefixes[part]
+        if prefix is None:
+            continue
         try:
-            state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            state.load_values(manifest["values"][part])
+            if isinstance(state, HasTensors):
+                state.load_tensors({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            if isinstance(state, HasValues):
+                state.load_values(manifest["values"][part])
         except UserError:
             raise
         except ValueError as error:

@@ -18,6 +18,8 @@ LONGEST_CONFIG = 2**20
 """Largest length of the settings as YAML, in characters."""
 MOST_DRAWS = 2**48
 """Largest number of batches that a run can have drawn."""
+MOVED = {"objective": "progress"}
+"""Parts whose tensors earlier versions stored under the name of another part."""
 _FILE = re.compile(r"data-[0-9]{5,18}-of-[0-9]{5,18}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALLEST_FILE = 8

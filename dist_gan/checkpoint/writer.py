@@ -13,7 +13,7 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dist_gan.checkpoint.share import BackgroundHash, CommittedCheckpoint, Write
 from dist_gan.checkpoint.tensorfile import FileBuffer
 from dist_gan.config import CheckpointSection
 from dist_gan.runtime import Fingerprints, Runtime, raise_first
-from dist_gan.types import Scalars, Stateful, TrainingFailed, UserError
+from dist_gan.types import HasTensors, HasValues, Part, Scalars, TrainingFailed, UserError
 from dist_gan.wording import safe
 
 
@@ -65,14 +65,14 @@ class Checkpointer:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, images: int, parts: Mapping[str, Stateful], *, scalars: Scalars | None = None) -> str:
+    def save(self, images: int, parts: Mapping[str, Part], *, scalars: Scalars | None = None) -> str:
         """Takes the state as it is now and returns the URL that it is going to be committed at.
 
         Waits only for a checkpoint that is still in flight, and for the copies.
 
         Args:
             images: images seen.
-            parts: what has a past, by name.
+            parts: parts of the run by name.
             scalars: what the log last showed, for `keep_best`.
 
         Raises:
@@ -82,14 +82,15 @@ class Checkpointer:
         self.drain()
         runtime = self._runtime
         url = self._next_url(images)
-        table = {f"{part}/{name}": facts for part, state in parts.items() for name, facts in state.table().items()}
+        with_tensors = {part: state for part, state in parts.items() if isinstance(state, HasTensors)}
+        table = {f"{part}/{name}": f for part, state in with_tensors.items() for name, f in state.table().items()}
         mine = deal(table, runtime.world_size)[runtime.rank]
         share = {name: table[name] for name in mine}
         if self._buffer is None or self._buffer.table != share:
             self._buffer = FileBuffer(share, pinned=runtime.device.type == "cuda")
         fingerprints = Fingerprints(enabled=runtime.world_size > 1)
         given = 0
-        for part, state in parts.items():
+        for part, state in with_tensors.items():
             for name, tensor in state.tensors():
                 whole = f"{part}/{name}"
                 fingerprints.add(whole, tensor)
@@ -104,7 +105,9 @@ class Checkpointer:
             url=url,
             images=images,
             file=f"data-{runtime.rank:05d}-of-{runtime.world_size:05d}.safetensors",
-            values=json.dumps({part: state.values() for part, state in parts.items()}),
+            values=json.dumps(
+                {part: state.values() if isinstance(state, HasValues) else {} for part, state in parts.items()}
+            ),
             scalars=dict(scalars or {}),
             fingerprints=fingerprints,
             ready=runtime.now_on_device(),
@@ -287,10 +290,13 @@ class Checkpointer:
     def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
         """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
 
+        Waits for the checkpoint in flight: a search that overlooked it could abandon all but that one.
+
         Raises:
             UserError: there are committed checkpoints and all of them are damaged.
-            TrainingFailed: the store does not answer.
+            TrainingFailed: the store does not answer, or the checkpoint in flight could not be written.
         """
+        self.drain()
         found = self._on_main(lambda: form.newest(self.folder, healthy=healthy, before=before)._asdict())
         result = Found(found["url"], tuple(found["damaged"]))
         if result.url is None and result.damaged and not healthy:
@@ -300,8 +306,13 @@ class Checkpointer:
             )
         return result
 
-    def load(self, url: str, parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    def load(self, url: str, parts: Mapping[str, Part], *, may_lack: Collection[str] = ()) -> dict[str, Any]:
         """Restores the given parts from a checkpoint; returns its manifest.
+
+        Args:
+            url: URL of the checkpoint.
+            parts: parts of the run by name.
+            may_lack: parts that stay as they are if the checkpoint lacks them.
 
         Raises:
             UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
@@ -316,5 +327,5 @@ class Checkpointer:
             problem = error
         self._runtime.control_group.raise_together(problem)
         refuse_other_settings(url, manifest, self._facts.get("config"))
-        restore(url, manifest, tensors, parts)
+        restore(url, manifest, tensors, parts, may_lack=may_lack)
         return manifest

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
-
-from torch import Tensor
 
 from dist_gan.checkpoint import schema
 from dist_gan.config import RecoverySection
 from dist_gan.health.monitor import Verdict
 from dist_gan.records import Record
 from dist_gan.runtime import Update
-from dist_gan.types import Knobs, TensorFacts, check_table
+from dist_gan.types import Knobs
 
 PLAYERS = schema.PLAYERS
 
@@ -94,19 +92,7 @@ class Recovery:
         self.rollbacks += 1
         self._recent = {player: [] for player in PLAYERS}
 
-    # -- Stateful -------------------------------------------------------------------------------------------------
-
-    def table(self) -> dict[str, TensorFacts]:
-        """Empty: recovery has no tensors."""
-        return {}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Empty: recovery has no tensors."""
-        return iter(())
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Accepts an empty state only: recovery has no tensors. Raises ValueError if there are some."""
-        check_table("recovery", tensors, {})
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
         """Counters and window."""

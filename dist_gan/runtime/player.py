@@ -134,15 +134,6 @@ class Player(ABC):
         """Restores a state from `tensors`."""
         self.load_full_tensors(tensors)
 
-    def values(self) -> dict[str, Any]:
-        """Empty: all state is in tensors; learning rates are functions of the images seen."""
-        return {}
-
-    def load_values(self, values: dict[str, Any]) -> None:
-        """Accepts an empty state only: all state is in tensors. Raises ValueError if there are values."""
-        if values:
-            raise ValueError(f"{self.name}: no values were kept, and {sorted(values)[:5]} are there")
-
     # -- for the strategies ---------------------------------------------------------------------------------------
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -86,12 +86,12 @@ def install() -> None:
     elif POINT == "in-retention":
         before(storage, "remove_folder", lambda url: "checkpoint-" in url)
     elif POINT == "in-resume":
-        before(Checkpointer, "load", lambda *a: True)
+        before(Checkpointer, "load", lambda *a, **k: True)
     elif POINT == "rollback-after-intent":
         before(Checkpointer, "abandon_after", lambda *a: True)
     elif POINT == "rollback-before-load":
         before(resume, "_go_back", lambda *a: False)
-        before(Checkpointer, "load", lambda *a: True)
+        before(Checkpointer, "load", lambda *a, **k: True)
     elif POINT == "rollback-before-commit":
         before(Saving, "commit_rollback", lambda *a: True)
     elif POINT == "rollback-before-end":

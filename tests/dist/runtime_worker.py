@@ -18,7 +18,7 @@ from dist_gan.models import build_networks
 from dist_gan.runtime import Fingerprints, LaunchSettings, Runtime
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at
-from dist_gan.types import Batch, TrainingFailed
+from dist_gan.types import Batch, HasTensors, TrainingFailed
 
 
 class Poisoned(ImageStream):
@@ -60,19 +60,20 @@ def main(shards: str, out: Path) -> None:
     applied, unchanged = [], []
     for _ in range(6):
         before = {n: t.clone() for n, t in discriminator.full_tensors() if not n.endswith("num_batches_tracked")}
-        memory = {n: t.clone() for n, t in state.progress.memory.items()}
+        memory = {n: t.clone() for n, t in state.memory.items()}
         updates = game.step(knobs_at(0, config=config), scalars)
         state.recovery.watch(updates)
         after = dict(discriminator.full_tensors())
         applied.append([u.applied for u in updates])
         same_weights = all(torch.equal(t, after[n]) for n, t in before.items() if n.startswith("weights/"))
-        unchanged.append([same_weights, all(torch.equal(t, state.progress.memory[n]) for n, t in memory.items())])
+        unchanged.append([same_weights, all(torch.equal(t, state.memory[n]) for n, t in memory.items())])
     report |= {"applied": applied, "unchanged": unchanged, "skipped": state.recovery.skipped}
+    with_tensors = {name: part for name, part in state.parts().items() if isinstance(part, HasTensors)}
     report["finite"] = all(
-        bool(t.isfinite().all()) for part in state.parts().values() for t in (tensor for _, tensor in part.tensors()) if t.is_floating_point()
+        bool(t.isfinite().all()) for part in with_tensors.values() for _, t in part.tensors() if t.is_floating_point()
     )
     report["scalars"] = scalars.flush(runtime)
-    everything = {f"{p}/{n}": t for p, part in state.parts().items() for n, t in part.tensors()}
+    everything = {f"{p}/{n}": t for p, part in with_tensors.items() for n, t in part.tensors()}
     compare(runtime, everything)
     report["batch_norm_buffers"] = sum("running_var" in n for n in everything)
 

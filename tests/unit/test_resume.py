@@ -54,7 +54,7 @@ def test_another_runs_average_becomes_generator_and_average_and_its_discriminato
         assert state.generator.moment_names() == state.discriminator.moment_names() == ()
         assert (state.progress.images, state.progress.d_updates) == (0, 0)
         assert state.stream.values()["draw"] == 0
-        assert all(not bool(tensor.any()) for tensor in state.progress.memory.values())
+        assert all(not bool(tensor.any()) for tensor in state.memory.values())
     (event,) = lines(tmp_path / "events.jsonl")
     assert event["event"] == "start"
     count = len(weights)
@@ -102,7 +102,7 @@ def test_a_named_checkpoint_is_taken_although_there_is_a_newer_one(run: Path, tm
         assert equal(
             {n: p.detach() for n, p in begun.state.generator.parameters.items()}, kept(run, 1), "generator/weights/"
         )
-        assert begun.state.progress.memory["lecam/updates"] == 10
+        assert begun.state.memory["lecam/updates"] == 10
 
 
 def test_never_refuses_a_folder_with_a_checkpoint_and_begins_in_an_empty_one(run: Path, tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_the_memory_moves_once_an_applied_update_of_the_discriminator_by_the_mea
             real += weight * (float(torch.cat(passes[0::2]).mean()) - real)
             fake += weight * (float(torch.cat(passes[1::2]).mean()) - fake)
             updates += 1
-        memory = {name: float(tensor) for name, tensor in state.progress.memory.items()}
+        memory = {name: float(tensor) for name, tensor in state.memory.items()}
         assert memory == pytest.approx({"lecam/real": real, "lecam/fake": fake, "lecam/updates": updates}, rel=1e-7)
     assert fired == [8]
     assert updates == 5
@@ -339,7 +339,7 @@ def test_a_skipped_update_leaves_weights_moments_both_players_buffers_the_memory
     active = state.discriminator if skipped == "discriminator" else state.generator
     fired = poison(next(iter(active.parameters.values())), backward_passes={0})
     played.scalars.flush(runtime)
-    memory = {name: t.clone() for name, t in state.progress.memory.items()}
+    memory = {name: t.clone() for name, t in state.memory.items()}
     at_the_start_of_a_turn: list[dict[str, Tensor]] = []
     runtime.before_a_turn = lambda: at_the_start_of_a_turn.append(learned(played))
     updates = played.step()
@@ -351,7 +351,7 @@ def test_a_skipped_update_leaves_weights_moments_both_players_buffers_the_memory
     changed = [[name for name in a if not torch.equal(a[name], b[name])] for a, b in pairwise(states)]
     assert changed[turn] == []
     assert {name.split("/")[0] for name in changed[1 - turn]} == {"discriminator", "generator"}
-    assert all(torch.equal(memory[n], t) for n, t in state.progress.memory.items()) == (turn == 0)
+    assert all(torch.equal(memory[n], t) for n, t in state.memory.items()) == (turn == 0)
     logged = played.scalars.flush(runtime)
     assert not [name for name in logged if name.endswith(skipped)], "its loss and gradient norm are not numbers"
     assert all(math.isfinite(value) for value in logged.values())

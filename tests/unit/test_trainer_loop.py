@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,32 @@ def test_a_rollback_goes_to_the_newest_healthy_checkpoint_and_draws_on(tmp_path:
     assert times == sorted(times)
 
 
+def test_a_checkpoint_in_flight_when_the_run_rolls_back_is_waited_for_and_abandoned(tmp_path: Path) -> None:
+    with started(tmp_path, *EVERY_TEN_STEPS, FOUR_OF_TEN) as run:
+        checkpointer, may_write = run.saving.checkpointer, threading.Event()
+        honest_write, honest_drain, honest_mark = checkpointer._write, checkpointer.drain, checkpointer.abandon_after
+
+        def write(job: Any, buffer: Any) -> None:
+            if job.url.endswith("checkpoint-0002-000000000160"):
+                assert may_write.wait(60)
+            honest_write(job, buffer)
+
+        def drain() -> None:
+            may_write.set()
+            honest_drain()
+
+        def abandon_after(target: str) -> None:
+            honest_mark(target)
+            may_write.set()  # a rollback that has not waited goes on beside the write
+
+        checkpointer._write = write  # type: ignore[method-assign]
+        checkpointer.drain = drain  # type: ignore[method-assign]
+        checkpointer.abandon_after = abandon_after  # type: ignore[method-assign]
+        poison(run.state.generator.parameters["out.weight"], backward_passes=[24, 25, 26, 27])
+        fit(run)
+    assert checkpoints(tmp_path) == [(1, 80), (3, 80), (4, 160), (5, 240), (6, 320), (7, 400), (8, 480)]
+
+
 def test_gradients_that_stay_not_finite_end_the_run_once_the_budget_is_spent(tmp_path: Path) -> None:
     with started(tmp_path, *EVERY_TEN_STEPS, FOUR_OF_TEN) as run:
         poison(run.state.discriminator.parameters["head.linear.weight"], backward_passes=range(24, 1000))
@@ -254,7 +281,7 @@ def test_a_rollback_that_was_cut_off_is_finished_by_the_next_start_and_not_done_
     class CutOff(BaseException):
         """Stands for the end of the process."""
 
-    def cut_off(*_: Any) -> None:
+    def cut_off(*_: Any, **__: Any) -> None:
         raise CutOff
 
     with started(tmp_path, *EVERY_TEN_STEPS, FOUR_OF_TEN) as run:

@@ -71,11 +71,11 @@ def ours(source: str, dest: str, side: int, *, workers: int) -> None:
 
 def one_at_a_time(source: str, dest: str, side: int) -> None:
     """Ours without what it fetches ahead."""
-    was, fetching.AT_ONCE = fetching.AT_ONCE, 1
+    was, fetching.MAX_REQUESTS = fetching.MAX_REQUESTS, 1
     try:
         ours(source, dest, side, workers=1)
     finally:
-        fetching.AT_ONCE = was
+        fetching.MAX_REQUESTS = was
 
 
 def start_store(latency_s: float) -> subprocess.Popen[str]:
@@ -98,8 +98,8 @@ def upload(source: Path, url: str) -> None:
     """Some of the images into the bucket."""
     folder = StoreFolder(url)
     files = sorted(path for path in source.rglob("*.jpg"))
-    asked = fetching.ahead(
-        lambda path: folder.upload(path, str(path.relative_to(source))), files, size=lambda _: 0, at_once=16
+    asked = fetching.prefetch(
+        lambda path: folder.upload(path, str(path.relative_to(source))), files, size=lambda _: 0, num_threads=16
     )
     for _, done in asked:
         done()

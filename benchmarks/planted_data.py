@@ -985,7 +985,7 @@ FAULTS = [
     (
         "old checkpoints go before the new one was read back",
         "dist_gan/checkpoint/retention.py",
-        "if form.verify(newest):",
+        "if reader.verify(newest):",
         "if False:",
         (f"{RETENTION}::test_what_a_store_gave_back_changed_is_damage_and_nothing_is_deleted_for_it",),
     ),
@@ -994,7 +994,7 @@ FAULTS = [
         "dist_gan/checkpoint/writer.py",
         "data = json.dumps(manifest, indent=1).encode()\n",
         "data = json.dumps(manifest, indent=1).encode()\n"
-        "        storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())\n",
+        "        storage.publish(storage.join(job.url, reader.COMMIT), hashlib.sha256(data).hexdigest().encode())\n",
         (f"{RETENTION}::test_in_a_store_the_commit_is_written_last_and_removed_first",),
     ),
     (
@@ -1314,15 +1314,15 @@ FAULTS = [
     (
         "results that wait are not limited",
         "dist_gan/packing/fetching.py",
-        "len(held) >= AHEAD or num_bytes",
-        "len(held) >= 4 * AHEAD or num_bytes",
+        "len(held) >= MAX_PENDING or num_bytes",
+        "len(held) >= 4 * MAX_PENDING or num_bytes",
         (f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",),
     ),
     (
         "bytes that wait are not limited",
         "dist_gan/packing/fetching.py",
-        "num_bytes + size(item) > AHEAD_BYTES",
-        "num_bytes > AHEAD_BYTES",
+        "num_bytes + size(item) > MAX_PENDING_BYTES",
+        "num_bytes > MAX_PENDING_BYTES",
         (f"{SHARDS}::test_no_more_results_and_bytes_wait_than_was_said",),
     ),
     (

@@ -1165,8 +1165,8 @@ FAULTS = [
     (
         "retention takes away what is under way",
         "dist_gan/checkpoint/retention.py",
-        "if entry.url in kept or (not entry.is_committed and entry.serial > serial):",
-        "if entry.url in kept:",
+        "if entry.url in retained or (not entry.is_committed and entry.serial > serial):",
+        "if entry.url in retained:",
         (KEPT + "what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_under_way",),
     ),
     # -- the folder, what is shown of a generator, the rules ----------------------------------------------------------

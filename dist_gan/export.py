@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dist_gan import records, storage
 from dist_gan.checkpoint import reader, tensorfile
-from dist_gan.checkpoint.reader import ABANDONED, COMMIT, Found
+from dist_gan.checkpoint.reader import ABANDONED, COMMIT, SearchResult
 from dist_gan.config import NetworksSection
 from dist_gan.config.reader import read_written
 from dist_gan.models import build_generator
@@ -46,7 +46,7 @@ class Averaged(NamedTuple):
     """Sentences for the user, about damaged checkpoints that were skipped and unknown settings."""
 
 
-def newest_checkpoint(url: str) -> Found:
+def newest_checkpoint(url: str) -> SearchResult:
     """The checkpoint at a URL, or the newest undamaged one of a run folder, and the damage found in newer ones.
 
     Raises:
@@ -59,14 +59,14 @@ def newest_checkpoint(url: str) -> Found:
     names = records.names_in(url, ("manifest.json", COMMIT, ABANDONED))
     if names - {ABANDONED}:
         note = f"{storage.redact(url)} is abandoned: a rollback went back behind it"
-        return Found(url, (note,) if ABANDONED in names else ())
+        return SearchResult(url, (note,) if ABANDONED in names else ())
     found = reader.newest(storage.join(url, "checkpoints"))
     if found.url is None:
         damaged = f" ({'; '.join(found.damaged)})" if found.damaged else ""
         raise UserError(
             f"{storage.redact(url)}: no committed checkpoint here{damaged}; give a run folder or a checkpoint"
         )
-    return Found(found.url, tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged))
+    return SearchResult(found.url, tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged))
 
 
 def open_generator(url: str) -> Averaged:

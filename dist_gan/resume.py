@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_gan import records, storage
 from dist_gan.checkpoint import reader, retention
-from dist_gan.checkpoint.reader import Found
+from dist_gan.checkpoint.reader import SearchResult
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import read_written
@@ -71,7 +71,7 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     return Resumed(target.url, (*notes, *_passed_over(target), "finished a rollback that was cut off"), True)
 
 
-def _passed_over(found: Found) -> tuple[str, ...]:
+def _passed_over(found: SearchResult) -> tuple[str, ...]:
     return tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
 
 
@@ -96,7 +96,7 @@ def _unknown_settings(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"the checkpoint has the setting {name}, which this version does not know" for name in unknown)
 
 
-def _no_way_back(reason: str, found: Found) -> str:
+def _no_way_back(reason: str, found: SearchResult) -> str:
     damaged = f" ({'; '.join(found.damaged)})" if found.damaged else ""
     return (
         f"{reason}; there is no healthy checkpoint to go back to{damaged}: lower the learning rate or raise the penalties, "

@@ -33,7 +33,7 @@ _PART = 2**24
 _NAME = re.compile(r"checkpoint-([0-9]{4,18})-([0-9]{12,18})")
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """Result of a search for a checkpoint."""
 
     url: str | None
@@ -82,7 +82,7 @@ def entries(folder: str) -> Iterator[Entry]:
         Damaged: the folder itself cannot be read.
         TrainingFailed: the store does not answer.
     """
-    for serial, name in reversed(listed(folder)):
+    for serial, name in reversed(list_checkpoints(folder)):
         url, marks, problem = storage.join(folder, name), frozenset[str](), None
         try:
             with records.reading(url):
@@ -92,7 +92,7 @@ def entries(folder: str) -> Iterator[Entry]:
         yield Entry(url, serial, images_of(url), marks, problem)
 
 
-def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> Found:
+def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> SearchResult:
     """The newest committed checkpoint whose files all match its manifest, and the damage found in newer ones.
 
     Checkpoints abandoned by a rollback are skipped silently; with `healthy`, so are those not marked healthy.
@@ -113,9 +113,9 @@ def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> 
             continue
         problems = [entry.problem] if entry.problem else verify(entry.url)
         if not problems:
-            return Found(entry.url, tuple(damaged))
+            return SearchResult(entry.url, tuple(damaged))
         damaged.append(problems[0])
-    return Found(None, tuple(damaged))
+    return SearchResult(None, tuple(damaged))
 
 
 def newest_commit(folder: str) -> Commit | None:
@@ -271,7 +271,7 @@ def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: s
     except ValueError as error:
         raise Damaged(f"{error}{ANOTHER}") from error
     expected = {
-        name: tensorfile.Place(_facts(entry), *entry["offsets"])
+        name: tensorfile.TensorEntry(_facts(entry), *entry["offsets"])
         for name, entry in manifest["tensors"].items()
         if entry["file"] == file
     }
@@ -280,7 +280,7 @@ def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: s
         raise Damaged(f"{place} is damaged: its {strange[0]!r:.200} is not what the manifest says{ANOTHER}")
 
 
-def listed(folder: str) -> list[tuple[int, str]]:
+def list_checkpoints(folder: str) -> list[tuple[int, str]]:
     """Serials and names of all checkpoint folders, committed or not, oldest first.
 
     Raises:

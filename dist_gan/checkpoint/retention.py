@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_gan import records, storage
-from dist_gan.checkpoint import reader as form
-from dist_gan.checkpoint import schema
+from dist_gan.checkpoint import reader, schema
 from dist_gan.checkpoint.reader import Entry
 from dist_gan.config import CheckpointSection
 from dist_gan.records import Damaged, Record
@@ -25,19 +24,19 @@ _RESTORE = "; a rollback was under way: restore the file, or delete it to go on 
 
 def retire(folder: str, newest: str, section: CheckpointSection) -> None:
     """Deletes checkpoints that the settings do not keep, if the newest is intact; failed deletions are ignored."""
-    if form.verify(newest):
+    if reader.verify(newest):
         return
-    found = list(form.entries(folder))[::-1]
+    found = list(reader.entries(folder))[::-1]
     alive = [entry for entry in found if entry.is_committed and not entry.is_abandoned]
-    kept = {entry.url for entry in alive[-section.keep :]} | {newest}
-    kept |= {entry.url for entry in [entry for entry in alive if entry.is_healthy][-1:]}
-    kept |= _milestones(alive, section.keep_every) | _best(alive, section.keep_best)
-    serial = form.serial_of(newest)
+    retained = {entry.url for entry in alive[-section.keep :]} | {newest}
+    retained |= {entry.url for entry in [entry for entry in alive if entry.is_healthy][-1:]}
+    retained |= _milestones(alive, section.keep_every) | _best(alive, section.keep_best)
+    serial = reader.serial_of(newest)
     for entry in found:
-        if entry.url in kept or (not entry.is_committed and entry.serial > serial):
+        if entry.url in retained or (not entry.is_committed and entry.serial > serial):
             continue
         try:
-            storage.remove(storage.join(entry.url, form.COMMIT))
+            storage.remove(storage.join(entry.url, reader.COMMIT))
             storage.remove_folder(entry.url)
         except OSError:
             continue  # without COMMIT it is not a checkpoint, and the next retention tries again
@@ -61,7 +60,7 @@ def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
     values = {}
     for entry in alive:
         try:
-            value = form.read_manifest(entry.url).get("scalars", {}).get(name, math.nan)
+            value = reader.read_manifest(entry.url).get("scalars", {}).get(name, math.nan)
         except Damaged:
             continue
         if math.isfinite(value):
@@ -87,7 +86,7 @@ def intended_rollback(folder: str) -> dict[str, Any] | None:
     """
     try:
         intent = records.load(storage.join(folder, INTENT), remedy=_RESTORE)
-        if "/" in intent.text("target") or not form.is_name(intent.text("target")):
+        if "/" in intent.text("target") or not reader.is_name(intent.text("target")):
             raise intent.problem("target", "a checkpoint's name")
         _check(intent)
     except FileNotFoundError:
@@ -117,10 +116,10 @@ def _check(intent: Record) -> None:
 
 def abandon_after(folder: str, target: str) -> None:
     """Marks every checkpoint that is newer than `target`."""
-    serial = form.serial_of(target)
-    for other, name in form.listed(folder):
+    serial = reader.serial_of(target)
+    for other, name in reader.list_checkpoints(folder):
         if other > serial:
-            storage.publish(storage.join(folder, name, form.ABANDONED), b"")
+            storage.publish(storage.join(folder, name, reader.ABANDONED), b"")
 
 
 def end_rollback(folder: str) -> None:

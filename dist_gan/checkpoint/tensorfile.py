@@ -48,7 +48,7 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{name} is no safetensors file ({error})") from error
 
 
-class Place(NamedTuple):
+class TensorEntry(NamedTuple):
     """Entry of one tensor in the header of a file: dtype, shape and position."""
 
     facts: TensorFacts
@@ -75,7 +75,7 @@ def header_bytes(begin: bytes, *, size: int, name: str) -> int:
     return length
 
 
-def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
+def read_header(head: bytes, *, size: int, name: str) -> dict[str, TensorEntry]:
     """Shape, dtype and position of each tensor of a file; together the tensors have to fill the file exactly.
 
     Args:
@@ -87,7 +87,7 @@ def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
         ValueError: the header is invalid, or its tensors do not fill the file exactly.
     """
     length = header_bytes(head, size=size, name=name)
-    found: dict[str, Place] = {}
+    found: dict[str, TensorEntry] = {}
     try:
         record = Record(parse(head[8:length], place="header"), place="header")
         for tensor in set(record) - {"__metadata__"}:
@@ -95,7 +95,7 @@ def read_header(head: bytes, *, size: int, name: str) -> dict[str, Place]:
             facts, offsets = facts_in(entry), entry.wholes("data_offsets")
             if len(offsets) != 2 or offsets[1] - offsets[0] != facts.nbytes:
                 raise entry.problem("data_offsets", f"a place of {facts.nbytes:,} bytes")
-            found[tensor] = Place(facts, length + offsets[0], length + offsets[1])
+            found[tensor] = TensorEntry(facts, length + offsets[0], length + offsets[1])
     except Damaged as error:
         raise ValueError(f"{name} is no safetensors file ({error})") from error
     places = sorted((place.start, place.end) for place in found.values())

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from dist_gan import storage
-from dist_gan.checkpoint import reader as form
-from dist_gan.checkpoint import retention, schema
-from dist_gan.checkpoint.reader import Found
+from dist_gan.checkpoint import reader, retention, schema
+from dist_gan.checkpoint.reader import SearchResult
 from dist_gan.checkpoint.restoring import refuse_other_settings, restore
 from dist_gan.checkpoint.share import BackgroundHash, CommittedCheckpoint, WriteJob, deal
 from dist_gan.checkpoint.tensorfile import FileBuffer
@@ -211,7 +210,7 @@ class Checkpointer:
         manifest = {
             "format": schema.FORMAT,
             "version": schema.VERSION,
-            "serial": form.serial_of(job.url),
+            "serial": reader.serial_of(job.url),
             "images": job.images,
             "world_size": self._runtime.world_size,
             "strategy": self._runtime.launch_settings.strategy,
@@ -227,7 +226,7 @@ class Checkpointer:
         for log in self._logs:  # in this thread, so that training does not wait for the disk
             storage.sync_file(log)
         storage.publish(storage.join(job.url, "manifest.json"), data)
-        storage.publish(storage.join(job.url, form.COMMIT), hashlib.sha256(data).hexdigest().encode())
+        storage.publish(storage.join(job.url, reader.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
     # -- retention ------------------------------------------------------------------------------------------------
 
@@ -244,8 +243,8 @@ class Checkpointer:
 
     def mark_healthy(self, url: str) -> None:
         """Says that training went on well from a checkpoint. Rank 0 alone."""
-        if storage.exists(storage.join(url, form.COMMIT)):
-            storage.publish(storage.join(url, form.HEALTHY), b"")
+        if storage.exists(storage.join(url, reader.COMMIT)):
+            storage.publish(storage.join(url, reader.HEALTHY), b"")
 
     def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
         """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
@@ -272,7 +271,9 @@ class Checkpointer:
 
     def _next_url(self, images: int) -> str:
         if self._serial is None:
-            self._serial = self._on_main(lambda: max((serial for serial, _ in form.listed(self.folder)), default=0))
+            self._serial = self._on_main(
+                lambda: max((serial for serial, _ in reader.list_checkpoints(self.folder)), default=0)
+            )
         self._serial += 1
         return storage.join(self.folder, f"checkpoint-{self._serial:04d}-{images:012d}")
 
@@ -287,7 +288,7 @@ class Checkpointer:
                 error = caught
         return self._runtime.control_group.share_json(value, error=error)
 
-    def newest(self, *, healthy: bool = False, before: int | None = None) -> Found:
+    def newest(self, *, healthy: bool = False, before: int | None = None) -> SearchResult:
         """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
 
         Waits for the checkpoint in flight: a search that overlooked it could abandon all but that one.
@@ -297,8 +298,8 @@ class Checkpointer:
             TrainingFailed: the store does not answer, or the checkpoint in flight could not be written.
         """
         self.drain()
-        found = self._on_main(lambda: form.newest(self.folder, healthy=healthy, before=before)._asdict())
-        result = Found(found["url"], tuple(found["damaged"]))
+        found = self._on_main(lambda: reader.newest(self.folder, healthy=healthy, before=before)._asdict())
+        result = SearchResult(found["url"], tuple(found["damaged"]))
         if result.url is None and result.damaged and not healthy:
             raise UserError(
                 f"run.dir: every checkpoint in {storage.redact(self.folder)} is damaged ({'; '.join(result.damaged)}); "
@@ -322,7 +323,7 @@ class Checkpointer:
         manifest: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         try:
-            manifest, tensors = form.read(url)
+            manifest, tensors = reader.read(url)
         except (UserError, TrainingFailed) as error:
             problem = error
         self._runtime.control_group.raise_together(problem)

@@ -187,7 +187,7 @@ def _permutation(seed: int, purpose: str, number: int, slot: int, length: int) -
     return np.argsort(np.frombuffer(words, "<u8"), kind="stable").astype(np.int64)
 
 
-def held_out(keys: Sequence[str], *, share: float) -> NDArray[np.bool_]:
+def holdout_mask(keys: Sequence[str], *, share: float) -> NDArray[np.bool_]:
     """Mask of the images held out of training: those whose key has a hash below `share`, whatever shard they are in."""
     if share <= 0:
         return np.zeros(len(keys), dtype=bool)

@@ -82,7 +82,7 @@ class PieceReader:
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
-    def want(self, pieces: Iterable[Piece]) -> None:
+    def request(self, pieces: Iterable[Piece]) -> None:
         """Starts reading pieces that will be needed, as long as there is memory for them."""
         with self._lock:
             for piece in pieces:
@@ -149,13 +149,13 @@ class PieceReader:
         """Number of requests that had to be repeated."""
         return self._patience.retries
 
-    def give_up(self) -> None:
+    def stop_retrying(self) -> None:
         """Repeats no failed request from now on, so that threads that wait for a piece end soon."""
-        self._patience.give_up()
+        self._patience.stop_retrying()
 
     def close(self) -> None:
         """Ends the threads, after the requests that they are making."""
-        self.give_up()
+        self.stop_retrying()
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
         self._arrived.clear()

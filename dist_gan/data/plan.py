@@ -10,7 +10,7 @@ import numpy as np
 
 from dist_gan import storage
 from dist_gan.config import DataOrder
-from dist_gan.data.order import Integers, Mixture, Order, held_out
+from dist_gan.data.order import Integers, Mixture, Order, holdout_mask
 from dist_gan.data.pieces import READERS, Piece, ShardFolder
 from dist_gan.types import UserError
 
@@ -50,7 +50,7 @@ class Plan:
 
     Attributes:
         rows: rows that are trained on, by folder and shard.
-        held_out: rows that are held out of training, by folder and shard.
+        holdout_rows: rows that are held out of training, by folder and shard.
         by_block: whether whole blocks are read.
         memory: bytes of pieces that have to be held in memory at a time.
 
@@ -62,9 +62,9 @@ class Plan:
         self, folders: Sequence[tuple[ShardFolder, int]], *, section: DataOrder, seed: int, batch: int, slots: Integers
     ) -> None:
         self._section, self._batch, self._slots = section, batch, slots
-        masks = [[held_out(s.keys, share=section.holdout) for s in folder.manifest.shards] for folder, _ in folders]
+        masks = [[holdout_mask(s.keys, share=section.holdout) for s in folder.manifest.shards] for folder, _ in folders]
         self.rows = [[np.flatnonzero(~mask) for mask in shards] for shards in masks]
-        self.held_out = [[np.flatnonzero(mask) for mask in shards] for shards in masks]
+        self.holdout_rows = [[np.flatnonzero(mask) for mask in shards] for shards in masks]
         for (folder, _), shards in zip(folders, self.rows, strict=True):
             if not sum(map(len, shards)):
                 raise UserError(

@@ -143,7 +143,7 @@ class Prefetcher:
     def close(self) -> None:
         """Ends the threads, and drops the batches that they are decoding."""
         self._stop.set()
-        self.decoder.reader.give_up()  # otherwise a request to a store that does not answer would delay the end
+        self.decoder.reader.stop_retrying()  # otherwise a request to a store that does not answer would delay the end
         while True:
             try:
                 self._queue.get_nowait()
@@ -163,8 +163,8 @@ class Prefetcher:
 
     def _begin(self, draw: int, addresses: Sequence[ImageAddress]) -> _PendingBatch:
         if self._plan.prefetches_at(draw) or self._is_first:
-            self.decoder.reader.want(dict.fromkeys(address.piece for address in addresses))
-            self.decoder.reader.want(self._plan.pieces_to_prefetch(draw))
+            self.decoder.reader.request(dict.fromkeys(address.piece for address in addresses))
+            self.decoder.reader.request(self._plan.pieces_to_prefetch(draw))
             self._is_first = False
         new = not self._unused
         images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pinned) if new else self._unused.pop()

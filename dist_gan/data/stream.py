@@ -219,7 +219,7 @@ class ImageStream:
         Every rank gets the same number of batches of `batch` rows; the last ones are padded.
         """
         assert split in ("train", "holdout")
-        chosen = self._plan.held_out if split == "holdout" else self._plan.rows
+        chosen = self._plan.holdout_rows if split == "holdout" else self._plan.rows
         rows = [
             (folder, shard, int(row))
             for folder, shards in enumerate(chosen)
@@ -232,7 +232,7 @@ class ImageStream:
                 mine = rows[start + rank * batch : start + (rank + 1) * batch]
                 padded = mine + [rows[start]] * (batch - len(mine))
                 addresses = [ImageAddress(*where, Piece(where[0], where[1], where[2], where[2])) for where in padded]
-                decoder.reader.want(address.piece for address in addresses)
+                decoder.reader.request(address.piece for address in addresses)
                 images, labels, keys = self._decode(decoder, addresses)
                 mask = (torch.arange(batch) < len(mine)).to(self._draws.device)
                 yield ScanBatch(images, labels, keys[: len(mine)], mask)

@@ -32,27 +32,27 @@ class Destination(Protocol):
         """Bytes of each file there, None for folders; empty if it is not there. Raises: UserError, TrainingFailed."""
         ...
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Makes the folder. Raises: UserError."""
         ...
 
-    def alone(self, is_stray: Callable[[str], bool]) -> AbstractContextManager[None]:
+    def claim(self, is_stray: Callable[[str], bool]) -> AbstractContextManager[None]:
         """Keeps other packs out, and removes what a kill has left half. Raises: UserError."""
         ...
 
-    def check_alone(self) -> None:
-        """Raises: TrainingFailed: another pack has begun here in spite of `alone`."""
+    def check_claim(self) -> None:
+        """Raises: TrainingFailed: another pack has begun here in spite of `claim`."""
         ...
 
-    def place_of(self, name: str) -> str:
+    def describe_file(self, name: str) -> str:
         """A file that is written, for messages."""
         ...
 
     def new_file(self, name: str) -> AbstractContextManager[Path]:
-        """An empty file for what will have the name; it is gone at the end, `take` or not."""
+        """An empty file for what will have the name; it is gone at the end, `publish` or not."""
         ...
 
-    def take(self, file: Path, name: str) -> None:
+    def publish(self, file: Path, name: str) -> None:
         """Makes a new file appear under its name, whole. Raises: OSError, UserError, TrainingFailed."""
         ...
 
@@ -104,7 +104,7 @@ class LocalDestination:
                 f"destination {self.url}: cannot be used: {storage.why(error)}; give another folder"
             ) from error
 
-    def make(self) -> None:
+    def create(self) -> None:
         """As the protocol says."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class LocalDestination:
             ) from error
 
     @contextlib.contextmanager
-    def alone(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
+    def claim(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
         """As the protocol says; the lock goes with the process."""
         handle = os.open(self._folder, os.O_RDONLY)
         try:
@@ -132,10 +132,10 @@ class LocalDestination:
         finally:
             os.close(handle)
 
-    def check_alone(self) -> None:
+    def check_claim(self) -> None:
         """As the protocol says; the lock sees to it."""
 
-    def place_of(self, name: str) -> str:
+    def describe_file(self, name: str) -> str:
         """As the protocol says."""
         return str(self._folder / name)
 
@@ -148,7 +148,7 @@ class LocalDestination:
         finally:
             path.unlink(missing_ok=True)
 
-    def take(self, file: Path, name: str) -> None:
+    def publish(self, file: Path, name: str) -> None:
         """As the protocol says: by a rename."""
         with open(file, "rb") as written:
             os.fsync(written.fileno())
@@ -190,16 +190,16 @@ class StoreDestination:
         """As the protocol says."""
         return self._connected().names()
 
-    def make(self) -> None:
+    def create(self) -> None:
         """As the protocol says: object stores have no folders."""
 
     @contextlib.contextmanager
-    def alone(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
+    def claim(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
         """As the protocol says: leaves the sign that this pack has begun."""
         storage.publish(storage.join(self.url, OWNER), self._token)
         yield
 
-    def check_alone(self) -> None:
+    def check_claim(self) -> None:
         """As the protocol says."""
         try:
             ours = self._connected().read(OWNER, size=len(self._token)) == self._token
@@ -210,7 +210,7 @@ class StoreDestination:
                 f"destination {self.url}: another pack has begun there, and this one stops; wait for the other"
             )
 
-    def place_of(self, name: str) -> str:
+    def describe_file(self, name: str) -> str:
         """As the protocol says."""
         return f"{storage.join(self.url, name)} by way of {tempfile.gettempdir()} (TMPDIR says where)"
 
@@ -225,7 +225,7 @@ class StoreDestination:
             with tempfile.NamedTemporaryFile(prefix="dist-gan-pack-") as named:
                 yield Path(named.name)
 
-    def take(self, file: Path, name: str) -> None:
+    def publish(self, file: Path, name: str) -> None:
         """As the protocol says: sent, and its size read back."""
         self._connected().upload(file, name)
 
@@ -236,7 +236,7 @@ class StoreDestination:
         def read(name: str) -> bytes:
             return store.read(name, size=sizes[name])
 
-        asked = fetching.ahead(read, sizes, size=sizes.__getitem__, at_once=fetching.AT_ONCE)
+        asked = fetching.prefetch(read, sizes, size=sizes.__getitem__, num_threads=fetching.MAX_REQUESTS)
         with contextlib.closing(asked):
             for name, get in asked:
                 try:
@@ -246,7 +246,7 @@ class StoreDestination:
 
     def remove(self, names: Iterable[str]) -> None:
         """As the protocol says, several at once."""
-        asked = fetching.ahead(self._connected().remove, names, size=lambda _: 0, at_once=fetching.AT_ONCE)
+        asked = fetching.prefetch(self._connected().remove, names, size=lambda _: 0, num_threads=fetching.MAX_REQUESTS)
         with contextlib.closing(asked):
             for _, get in asked:
                 get()

@@ -13,38 +13,38 @@ from dist_gan import storage
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AT_ONCE = storage.CONNECTIONS
+MAX_REQUESTS = storage.CONNECTIONS
 """Requests under way: with 50 ms each they allow 640 a second, more than the clients of stores do in one process."""
-AHEAD = 64
+MAX_PENDING = 64
 """Results that wait for their turn or are under way, so that one slow answer does not stop the others."""
-AHEAD_BYTES = 2**26
+MAX_PENDING_BYTES = 2**26
 """Bytes of the same; an item that is larger is fetched alone."""
 
 
-def ahead(
-    get: Callable[[Item], Result], items: Iterable[Item], *, size: Callable[[Item], int], at_once: int
+def prefetch(
+    get: Callable[[Item], Result], items: Iterable[Item], *, size: Callable[[Item], int], num_threads: int
 ) -> Generator[tuple[Item, Callable[[], Result]], None, None]:
     """Each item in order with a function that gives or raises what `get` made of it.
 
-    Beside the one in the caller's hands no more than `AHEAD` results and `AHEAD_BYTES` are held, counted from the
+    Beside the one in the caller's hands no more than `MAX_PENDING` results and `MAX_PENDING_BYTES` are held, counted from the
     request on. Close the iterator if it is left early: it then waits for the requests that are under way.
 
     Args:
-        get: is called in a thread, or in the caller where `at_once` is 1.
+        get: is called in a thread, or in the caller where `num_threads` is 1.
         items: taken as needed.
         size: bytes that the result for an item takes.
-        at_once: threads; with 1 nothing is fetched before its turn.
+        num_threads: threads; with 1 nothing is fetched before its turn.
     """
-    if at_once == 1:
+    if num_threads == 1:
         for item in items:
             yield item, partial(get, item)
         return
-    pool = ThreadPoolExecutor(at_once, thread_name_prefix="dist-gan-fetch")
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dist-gan-fetch")
     try:
         held: deque[tuple[Item, Callable[[], Result]]] = deque()
         num_bytes = 0
         for item in items:
-            while held and (len(held) >= AHEAD or num_bytes + size(item) > AHEAD_BYTES):
+            while held and (len(held) >= MAX_PENDING or num_bytes + size(item) > MAX_PENDING_BYTES):
                 num_bytes -= size(held[0][0])
                 yield held.popleft()
             held.append((item, pool.submit(get, item).result))

@@ -6,7 +6,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ UNREADABLE = (
     RuntimeError, ValueError, IndexError, OverflowError,
 )  # fmt: skip
 """Exceptions raised when a file in a folder or zip cannot be read."""
+
+
+class ImageShape(NamedTuple):
+    """Shape of every image of a data set after packing; an interrupted pack keeps it in the folder's plan file."""
+
+    resolution: int
+    """Side of the square images, in pixels."""
+    channels: int
+    """1 (grey) or 3 (RGB)."""
 
 
 class ImageReader(Protocol):

@@ -17,13 +17,13 @@ from dist_gan.packing.listing import MAX_SHOWN
 from dist_gan.packing.pack import progress_bar, say_on_stderr
 from dist_gan.packing.pack_folder import PLAN
 from dist_gan.packing.processes import Tell, Workers, num_cores
-from dist_gan.packing.shard_reader import IMAGE_EXTENSIONS, FoundShard, read_shard, split_by_webdataset
+from dist_gan.packing.shard_reader import IMAGE_EXTENSIONS, ShardScan, read_shard, split_by_webdataset
 from dist_gan.packing.tar_scan import DamagedTar
 from dist_gan.pictures import BadImage, decode, header
 from dist_gan.types import UserError
 
 
-class _Indexed(NamedTuple):
+class _ShardIndex(NamedTuple):
     shard: Shard | None
     """The shard without labels: class numbers are known only after all shards have been read. None if unusable."""
     labels: tuple[Label, ...]
@@ -35,7 +35,7 @@ class _Indexed(NamedTuple):
     problems: tuple[str, ...]
 
 
-class _Expected(NamedTuple):
+class _VerifyJob(NamedTuple):
     """A shard to be verified, and what the manifest says about all of them."""
 
     shard: Shard
@@ -88,7 +88,7 @@ def index(
         raise UserError(
             f"{shown}: no .tar files there{hint}; give the folder of the shards, or pack images with `dist-gan pack`"
         )
-    found: dict[str, _Indexed] = {}
+    found: dict[str, _ShardIndex] = {}
     with (
         Workers(url, count=min(workers or num_cores(), len(tars))) as processes,
         progress_bar("indexing", progress, total=None) as bar,
@@ -128,7 +128,7 @@ def verify(url: str, *, decode: bool = True, workers: int | None = None, progres
     """
     manifest = read_manifest(url)
     in_cls = not manifest.origin.startswith(_FROM_JSON)
-    jobs = [_Expected(shard, manifest.resolution, manifest.channels, in_cls) for shard in manifest.shards]
+    jobs = [_VerifyJob(shard, manifest.resolution, manifest.channels, in_cls) for shard in manifest.shards]
     found: dict[str, list[str]] = {}
     with (
         Workers(url, count=min(workers or num_cores(), len(jobs))) as processes,
@@ -149,7 +149,7 @@ def _list(url: str) -> list[str]:
         raise UserError(f"{storage.redact(url)}: cannot be listed: {storage.why(error, reading=True)}") from error
 
 
-def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tuple[str, _Indexed]:
+def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tuple[str, _ShardIndex]:
     place = storage.redact(storage.join(url, name))
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
@@ -171,9 +171,9 @@ def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tupl
         else:
             found = read_shard(url, name, see=see, label_file="json", label_of=partial(from_json, key=label_key))
     except DamagedTar as error:
-        return name, _Indexed(None, (), sizes, channels, Counter(), (), (str(error),))
+        return name, _ShardIndex(None, (), sizes, channels, Counter(), (), (str(error),))
     except OSError as error:
-        return name, _Indexed(
+        return name, _ShardIndex(
             None, (), sizes, channels, Counter(), (), (f"{place}: cannot be read: {storage.why(error, reading=True)}",)
         )
     problems += found.problems
@@ -196,10 +196,10 @@ def _index_shard(label_key: str | None, url: str, name: str, tell: Tell) -> tupl
             f"({without!r}, for one)"
         )
     shard = None if problems else _shard(name, found)
-    return name, _Indexed(shard, tuple(labels), sizes, channels, found.passed_over, found.dotted, tuple(problems))
+    return name, _ShardIndex(shard, tuple(labels), sizes, channels, found.passed_over, found.dotted, tuple(problems))
 
 
-def _shard(name: str, found: FoundShard) -> Shard:
+def _shard(name: str, found: ShardScan) -> Shard:
     samples = found.samples.values()
     return Shard(
         name=name,
@@ -214,7 +214,7 @@ def _shard(name: str, found: FoundShard) -> Shard:
     )
 
 
-def _join(found: list[_Indexed], shown: str, label_key: str | None) -> Manifest:
+def _join(found: list[_ShardIndex], shown: str, label_key: str | None) -> Manifest:
     problems = [problem for indexed in found for problem in indexed.problems]
     shards = tuple(indexed.shard for indexed in found if indexed.shard is not None)
     owners: dict[str, str] = {}
@@ -258,7 +258,7 @@ def _join(found: list[_Indexed], shown: str, label_key: str | None) -> Manifest:
     )
 
 
-def _verify_shard(look_inside: bool, url: str, expected: _Expected, tell: Tell) -> tuple[str, list[str]]:
+def _verify_shard(look_inside: bool, url: str, expected: _VerifyJob, tell: Tell) -> tuple[str, list[str]]:
     shard = expected.shard
     place = storage.redact(storage.join(url, shard.name))
     problems: list[str] = []
@@ -287,7 +287,7 @@ def _verify_shard(look_inside: bool, url: str, expected: _Expected, tell: Tell) 
     return shard.name, problems
 
 
-def _problem_of_image(data: bytes, name: str, expected: _Expected) -> str | None:
+def _problem_of_image(data: bytes, name: str, expected: _VerifyJob) -> str | None:
     try:
         height, width, channels = decode(data, name=name).shape
     except BadImage as error:
@@ -300,7 +300,7 @@ def _problem_of_image(data: bytes, name: str, expected: _Expected) -> str | None
     return None
 
 
-def _differences(expected: _Expected, found: FoundShard) -> list[str]:
+def _differences(expected: _VerifyJob, found: ShardScan) -> list[str]:
     shard = expected.shard
     problems: list[str] = []
     for row, key in enumerate(shard.keys):

@@ -4,7 +4,7 @@ The way of a pack through its folder: `.pack-plan.json` says what is being made;
 when it is whole, with a hidden index beside it; `manifest.json` comes last, and then plan and indexes go. Training
 takes no folder without a manifest.
 
-Memory: a worker holds one image decoded, and of images in a store at most `fetching.AHEAD_BYTES` more; a shard grows in
+Memory: a worker holds one image decoded, and of images in a store at most `fetching.MAX_PENDING_BYTES` more; a shard grows in
 a file on a local disk, one a worker. The first process holds the list of images: a few hundred bytes each, and about a
 kilobyte each while a store is listed.
 """
@@ -28,27 +28,26 @@ from dist_gan.packing.image_source import ImageReader, ImageSource
 from dist_gan.packing.listing import Entry
 from dist_gan.packing.pack_folder import (
     SKIPPED,
-    Settled,
-    already_packed,
-    begun,
+    find_finished_pack,
     is_stray,
+    read_plan,
     remove_leftovers,
     write_plan,
 )
 from dist_gan.packing.processes import Tell, Workers, num_cores
 from dist_gan.packing.shard_writer import (
-    Bad,
-    Finished,
+    ImageProblem,
     ShardJob,
+    ShardResult,
     ShardSettings,
     chunks,
-    finished_shards,
     index_name,
-    raise_if_bad,
+    raise_if_problems,
+    read_finished_shards,
     shard_name,
     write_shard,
 )
-from dist_gan.packing.survey import MAX_RESOLUTION, MIN_RESOLUTION, is_resolution, settle
+from dist_gan.packing.survey import MAX_RESOLUTION, MIN_RESOLUTION, choose_shape, is_resolution
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import safe
 
@@ -112,34 +111,32 @@ def pack(
     folder = open_destination(dest, source)
     plan = _plan_of(source, resolution, channels, samples_per_shard, upscale, pad, labels)
     names = folder.names()
-    finished = already_packed(folder, names, plan, say)
+    finished = find_finished_pack(folder, names, plan, say)
     if finished is not None:
         _say_notes(source, say)
         return finished
-    settled = begun(folder, names, plan)
-    folder.make()
+    shape = read_plan(folder, names, plan)
+    folder.create()
     num_workers = workers or (1 if len(source.entries) < _FEW_IMAGES else num_cores())
     if "memory" in (storage.scheme_of(source.place), storage.scheme_of(folder.url)):
         num_workers = 1  # another process has another memory
-    with folder.alone(is_stray), Workers(source.reader, count=num_workers) as processes:
-        if settled is None:
+    with folder.claim(is_stray), Workers(source.reader, count=num_workers) as processes:
+        if shape is None:
             with progress_bar("looking", progress, total=len(source.entries)) as bar:
-                settled = Settled(
-                    *settle(
-                        source,
-                        resolution=resolution,
-                        channels=channels,
-                        skip_bad=skip_bad,
-                        workers=processes,
-                        tell=bar.update,
-                    )
+                shape = choose_shape(
+                    source,
+                    resolution=resolution,
+                    channels=channels,
+                    skip_bad=skip_bad,
+                    workers=processes,
+                    tell=bar.update,
                 )
-            write_plan(folder, plan, settled)
+            write_plan(folder, plan, shape)
         settings = ShardSettings(
             folder=folder,
             plan=plan,
-            resolution=settled.resolution,
-            channels=settled.channels,
+            resolution=shape.resolution,
+            channels=shape.channels,
             upscale=upscale,
             pad=pad,
             labels=labels,
@@ -203,30 +200,30 @@ def _jobs(source: ImageSource, samples_per_shard: int) -> list[ShardJob]:
     return [ShardJob(number, part) for number, part in enumerate(chunks(order, samples_per_shard))]
 
 
-def _usable(settings: ShardSettings, num_shards: int) -> Iterator[tuple[int, Finished]]:
-    for number, finished in finished_shards(settings.folder, range(num_shards), plan=settings.plan):
-        if settings.skip_bad or not finished.skipped:
-            yield number, finished
+def _usable(settings: ShardSettings, num_shards: int) -> Iterator[tuple[int, ShardResult]]:
+    for number, result in read_finished_shards(settings.folder, range(num_shards), plan=settings.plan):
+        if settings.skip_bad or not result.skipped:
+            yield number, result
 
 
 def _write(
     settings: ShardSettings, missing: list[ShardJob], processes: Workers[ImageReader], *, tell: Tell, place: str
 ) -> None:
-    bad: list[Bad] = []
-    begun: list[ShardJob] = []
+    problems: list[ImageProblem] = []
+    started: list[ShardJob] = []
 
-    def until_bad() -> Iterator[ShardJob]:
+    def jobs_until_problem() -> Iterator[ShardJob]:
         for job in missing:
-            if bad:
+            if problems:
                 return
-            settings.folder.check_alone()
-            begun.append(job)
+            settings.folder.check_claim()
+            started.append(job)
             yield job
 
-    for found in processes.run(partial(write_shard, settings), until_bad(), tell=tell):
-        bad.extend(found)
-    seen = None if len(begun) == len(missing) else sum(len(job.entries) for job in begun)
-    raise_if_bad(bad, place=place, seen=seen)
+    for found in processes.run(partial(write_shard, settings), jobs_until_problem(), tell=tell):
+        problems.extend(found)
+    seen = None if len(started) == len(missing) else sum(len(job.entries) for job in started)
+    raise_if_problems(problems, place=place, seen=seen)
 
 
 def _say_notes(source: ImageSource, say: Callable[[str], None]) -> None:
@@ -235,7 +232,7 @@ def _say_notes(source: ImageSource, say: Callable[[str], None]) -> None:
 
 
 def _finish(settings: ShardSettings, num_shards: int, source: ImageSource, say: Callable[[str], None]) -> Manifest:
-    settings.folder.check_alone()
+    settings.folder.check_claim()
     by_number = dict(_usable(settings, num_shards))
     for number in range(num_shards):
         if number not in by_number:
@@ -247,7 +244,7 @@ def _finish(settings: ShardSettings, num_shards: int, source: ImageSource, say: 
     skipped = sorted(image for shard in finished for image in shard.skipped)
     shards = tuple(shard.shard for shard in finished if shard.shard is not None)
     if not shards:
-        raise_if_bad(skipped, place=source.place)
+        raise_if_problems(skipped, place=source.place)
     folder = settings.folder
     manifest = Manifest(
         resolution=settings.resolution,

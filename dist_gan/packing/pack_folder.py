@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from dist_gan import storage
 from dist_gan.data import manifest as manifests
 from dist_gan.data.manifest import Manifest, check_shards, read_manifest
 from dist_gan.json_text import parse_json
 from dist_gan.packing.destinations import OWNER, Destination
+from dist_gan.packing.image_source import ImageShape
 from dist_gan.types import UserError
 
 PLAN = ".pack-plan.json"
 SKIPPED = "skipped.txt"
 
 
-class Settled(NamedTuple):
-    """What a pack has found out about its images, so that it need not look twice."""
-
-    resolution: int
-    channels: int
-
-
-def already_packed(
+def find_finished_pack(
     folder: Destination, names: Mapping[str, int | None], plan: str, say: Callable[[str], None]
 ) -> Manifest | None:
     """The manifest of a finished pack of this plan, among the names in the folder."""
@@ -44,8 +37,8 @@ def already_packed(
     return found
 
 
-def begun(folder: Destination, names: Mapping[str, int | None], plan: str) -> Settled | None:
-    """What an interrupted pack of this plan had settled; None for a folder that is empty or not there.
+def read_plan(folder: Destination, names: Mapping[str, int | None], plan: str) -> ImageShape | None:
+    """What an interrupted pack of this plan had shape; None for a folder that is empty or not there.
 
     Raises:
         UserError: the folder holds something else.
@@ -65,8 +58,8 @@ def begun(folder: Destination, names: Mapping[str, int | None], plan: str) -> Se
     try:
         content = parse_json(data or b"")
         same = content["plan"] == plan
-        settled = Settled(content["resolution"], content["channels"])
-        if any(type(value) is not int for value in settled) or settled.resolution < 1 or settled.channels not in (1, 3):
+        shape = ImageShape(content["resolution"], content["channels"])
+        if any(type(value) is not int for value in shape) or shape.resolution < 1 or shape.channels not in (1, 3):
             raise ValueError("it holds no size of images")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"destination {folder.url}: {PLAN} cannot be read ({error}); empty the folder first") from error
@@ -75,12 +68,12 @@ def begun(folder: Destination, names: Mapping[str, int | None], plan: str) -> Se
             f"destination {folder.url}: holds an unfinished pack of another source or with other options; give the same "
             f"as then to finish it, choose another folder, or empty this one"
         )
-    return settled
+    return shape
 
 
-def write_plan(folder: Destination, plan: str, settled: Settled) -> None:
+def write_plan(folder: Destination, plan: str, shape: ImageShape) -> None:
     """From here on the folder belongs to this pack."""
-    content = {"plan": plan, **settled._asdict()}
+    content = {"plan": plan, **shape._asdict()}
     storage.publish(storage.join(folder.url, PLAN), json.dumps(content).encode("ascii"))
 
 

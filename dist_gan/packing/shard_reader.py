@@ -19,7 +19,7 @@ _SKIPPED = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass
-class FoundSample:
+class ShardSample:
     """The members of a tar that share a key."""
 
     extension: str = ""
@@ -34,12 +34,12 @@ class FoundSample:
 
 
 @dataclass(frozen=True)
-class FoundShard:
+class ShardScan:
     """Result of reading a whole shard."""
 
     bytes: int
     sha256: str
-    samples: dict[str, FoundSample]
+    samples: dict[str, ShardSample]
     """Samples with an image, by key, in the order of their images."""
     passed_over: Counter[str]
     """Number of members that belong to no image, by the ending of their names."""
@@ -55,7 +55,7 @@ def read_shard(
     see: Callable[[str, str, bytes], None],
     label_file: str = "cls",
     label_of: Callable[[bytes], Label] = from_cls,
-) -> FoundShard:
+) -> ShardScan:
     """Reads a shard once; keys and extensions are split as webdataset does, at the first dot of the base name.
 
     Args:
@@ -72,7 +72,7 @@ def read_shard(
     """
     place = storage.redact(storage.join(url, name))
     size = storage.size(storage.join(url, name))
-    samples: dict[str, FoundSample] = {}
+    samples: dict[str, ShardSample] = {}
     endings: dict[str, list[str]] = {}
     problems: list[str] = []
     passed_over: Counter[str] = Counter()
@@ -86,7 +86,7 @@ def read_shard(
                 passed_over[ending] += 1
                 continue
             key, extension = match.group(1), match.group(2).lower()
-            sample = samples.setdefault(key, FoundSample())
+            sample = samples.setdefault(key, ShardSample())
             endings.setdefault(key, []).append(ending)
             if extension in IMAGE_EXTENSIONS:
                 if sample.extension:
@@ -113,7 +113,7 @@ def read_shard(
         if "cls" in samples[key].label_files:
             hint = f"; {split_by_webdataset(lost[key])}" if key in lost else ""
             problems.append(f"{place}: {key!r} has a .cls but no image{hint}")
-    return FoundShard(
+    return ShardScan(
         bytes=size,
         sha256=scan.sha256,
         samples=dict(sorted(((k, s) for k, s in samples.items() if s.extension), key=lambda item: item[1].offset)),

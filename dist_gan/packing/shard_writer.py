@@ -19,11 +19,11 @@ from dist_gan import storage
 from dist_gan.data.manifest import Shard, shard_from_json, shard_to_json
 from dist_gan.json_text import parse_json
 from dist_gan.packing.destinations import Destination
-from dist_gan.packing.fetching import ahead
+from dist_gan.packing.fetching import prefetch
 from dist_gan.packing.image_source import UNREADABLE, ImageReader
 from dist_gan.packing.listing import MAX_SHOWN, Entry
 from dist_gan.packing.processes import Tell
-from dist_gan.packing.store_source import at_once
+from dist_gan.packing.store_source import num_requests
 from dist_gan.packing.tar_scan import TarScan
 from dist_gan.pictures import MAX_FILE_BYTES, BadImage, encode_png, examine, fit
 from dist_gan.types import TrainingFailed, UserError
@@ -31,7 +31,7 @@ from dist_gan.types import TrainingFailed, UserError
 _TELL_EVERY = 64
 
 
-class Bad(NamedTuple):
+class ImageProblem(NamedTuple):
     """An image that cannot be packed."""
 
     member: str
@@ -60,12 +60,12 @@ class ShardJob(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-class Finished(NamedTuple):
+class ShardResult(NamedTuple):
     """A shard that is whole."""
 
     shard: Shard | None
     """None where every image of it was skipped."""
-    skipped: tuple[Bad, ...]
+    skipped: tuple[ImageProblem, ...]
 
 
 def shard_name(number: int) -> str:
@@ -78,7 +78,7 @@ def index_name(number: int) -> str:
     return f".shard-{number:05d}.json"
 
 
-def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tell: Tell) -> tuple[Bad, ...]:
+def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tell: Tell) -> tuple[ImageProblem, ...]:
     """Writes a shard and its index; if bad images are not to be skipped, returns them and leaves nothing.
 
     Raises:
@@ -88,31 +88,31 @@ def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tel
     name, folder = shard_name(job.number), settings.folder
     try:
         with folder.new_file(name) as file:
-            bad, num_written = _write_tar(settings, reader, job.entries, file, tell)
-            if bad and not settings.skip_bad:
-                return bad
+            problems, num_written = _write_tar(settings, reader, job.entries, file, tell)
+            if problems and not settings.skip_bad:
+                return problems
             shard = _scan_own(file, name) if num_written else None
             num_read = len(shard.keys) if shard else 0
             if num_read != num_written:
                 raise TrainingFailed(
-                    f"cannot write {folder.place_of(name)}: {num_written} images went in, {num_read} are there"
+                    f"cannot write {folder.describe_file(name)}: {num_written} images went in, {num_read} are there"
                 )
             index = {
                 "plan": settings.plan,
                 "shard": None if shard is None else shard_to_json(shard),
-                "skipped": [list(image) for image in bad],
+                "skipped": [list(problem) for problem in problems],
             }
             storage.publish(storage.join(folder.url, index_name(job.number)), json.dumps(index).encode("ascii"))
             if shard is None:
                 folder.remove([name])
             else:
-                folder.take(file, name)
+                folder.publish(file, name)
         return ()
     except OSError as error:
-        raise TrainingFailed(f"cannot write {folder.place_of(name)}: {storage.why(error)}") from error
+        raise TrainingFailed(f"cannot write {folder.describe_file(name)}: {storage.why(error)}") from error
 
 
-def finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterator[tuple[int, Finished]]:
+def read_finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterator[tuple[int, ShardResult]]:
     """The shards of this plan that are whole, by their indexes and their sizes.
 
     Raises:
@@ -123,32 +123,32 @@ def finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterat
     there = {name: size for name in by_index if (size := names.get(name)) is not None}
     for name, data in folder.read_each(there):
         number = by_index[name]
-        finished = None if data is None else _finished(data, number, names, plan=plan)
-        if finished is not None:
-            yield number, finished
+        result = None if data is None else _parse_index(data, number, names, plan=plan)
+        if result is not None:
+            yield number, result
 
 
-def _finished(index: bytes, number: int, names: Mapping[str, int | None], *, plan: str) -> Finished | None:
+def _parse_index(index: bytes, number: int, names: Mapping[str, int | None], *, plan: str) -> ShardResult | None:
     try:
         content = parse_json(index)
         if content["plan"] != plan:
             return None
-        skipped = tuple(Bad(str(member), str(reason)) for member, reason in content["skipped"])
+        skipped = tuple(ImageProblem(str(member), str(reason)) for member, reason in content["skipped"])
         if content["shard"] is None:
-            return Finished(None, skipped)
+            return ShardResult(None, skipped)
         shard = shard_from_json(content["shard"], place=index_name(number))
     except (ValueError, KeyError, TypeError):
         return None
-    return Finished(shard, skipped) if names.get(shard_name(number)) == shard.bytes else None
+    return ShardResult(shard, skipped) if names.get(shard_name(number)) == shard.bytes else None
 
 
 def _write_tar(
     settings: ShardSettings, reader: ImageReader, entries: tuple[Entry, ...], path: Path, tell: Tell
-) -> tuple[tuple[Bad, ...], int]:
-    """Bad images, and the number of those written."""
-    bad: list[Bad] = []
+) -> tuple[tuple[ImageProblem, ...], int]:
+    """ImageProblem images, and the number of those written."""
+    problems: list[ImageProblem] = []
     num_written = 0
-    fetched = ahead(partial(read_entry, reader), entries, size=size_of, at_once=at_once(reader))
+    fetched = prefetch(partial(read_entry, reader), entries, size=size_of, num_threads=num_requests(reader))
     with (
         open(path, "wb") as file,
         # Encoding off, since it would choose by extension; PAX only shows where a name is long or not ASCII.
@@ -159,9 +159,9 @@ def _write_tar(
             try:
                 data, extension = _prepared(settings, get(), entry)
             except BadImage as error:
-                bad.append(Bad(error.name, error.reason))
+                problems.append(ImageProblem(error.name, error.reason))
             else:
-                if not bad or settings.skip_bad:
+                if not problems or settings.skip_bad:
                     sample = {"__key__": entry.key, extension: data}
                     if settings.labels and entry.label is not None:
                         sample["cls"] = str(entry.label).encode("ascii")
@@ -169,7 +169,7 @@ def _write_tar(
                     num_written += 1
             if position % _TELL_EVERY == 0 or position == len(entries):
                 tell(position % _TELL_EVERY or _TELL_EVERY)
-    return tuple(bad), num_written
+    return tuple(problems), num_written
 
 
 def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) -> tuple[bytes, str]:
@@ -249,23 +249,23 @@ def _scan_own(path: Path, name: str) -> Shard:
     )
 
 
-def raise_if_bad(bad: list[Bad], *, place: str, seen: int | None = None) -> None:
+def raise_if_problems(problems: list[ImageProblem], *, place: str, seen: int | None = None) -> None:
     """Raises: UserError that lists the first bad images of a source.
 
     Args:
-        bad: all bad images found.
+        problems: all bad images found.
         place: name of the source.
         seen: number of images examined so far; None if all were.
     """
-    if not bad:
+    if not problems:
         return
-    first = sorted(bad)[:MAX_SHOWN]
+    first = sorted(problems)[:MAX_SHOWN]
     among = "" if seen is None else f" among the {seen:,} images that were looked at; there may be others behind them"
-    more = [f"and {len(bad) - MAX_SHOWN:,} more{among}"] if len(bad) > MAX_SHOWN else []
+    more = [f"and {len(problems) - MAX_SHOWN:,} more{among}"] if len(problems) > MAX_SHOWN else []
     more += [f"({among[1:]})"] if among and not more else []
     raise UserError(
         f"{place}: images that cannot be packed:",
-        *(f"- {image.member}: {image.reason}" for image in first),
+        *(f"- {problem.member}: {problem.reason}" for problem in first),
         *more,
         "Repair or remove them, or give --skip-bad to leave such images out.",
     )

@@ -87,6 +87,6 @@ class StoreReader:
         return {"_url": self._url, "_folder": None}
 
 
-def at_once(reader: ImageReader) -> int:
+def num_requests(reader: ImageReader) -> int:
     """How many images of a reader are worth asking for at the same time: a disk is asked for one."""
-    return fetching.AT_ONCE if isinstance(reader, StoreReader) else 1
+    return fetching.MAX_REQUESTS if isinstance(reader, StoreReader) else 1

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_gan.packing.fetching import ahead
-from dist_gan.packing.image_source import UNREADABLE, ImageReader, ImageSource
+from dist_gan.packing.fetching import prefetch
+from dist_gan.packing.image_source import UNREADABLE, ImageReader, ImageShape, ImageSource
 from dist_gan.packing.listing import Entry
 from dist_gan.packing.processes import Tell, Workers
-from dist_gan.packing.shard_writer import Bad, chunks, raise_if_bad, size_of
-from dist_gan.packing.store_source import HEAD_BYTES, StoreReader, at_once
+from dist_gan.packing.shard_writer import ImageProblem, chunks, raise_if_problems, size_of
+from dist_gan.packing.store_source import HEAD_BYTES, StoreReader, num_requests
 from dist_gan.pictures import MAX_FILE_BYTES, BadImage, Header, header
 from dist_gan.types import TrainingFailed, UserError
 
@@ -23,13 +23,13 @@ MIN_RESOLUTION, MAX_RESOLUTION = 16, 1024
 _CHUNK = 1000
 
 
-class Findings(NamedTuple):
+class HeaderCounts(NamedTuple):
     """Headers of some images, counted."""
 
     sizes: Counter[tuple[int, int]]
     """By (height, width)."""
     channels: Counter[int]
-    bad: tuple[Bad, ...]
+    problems: tuple[ImageProblem, ...]
 
 
 def is_resolution(side: int) -> bool:
@@ -37,26 +37,26 @@ def is_resolution(side: int) -> bool:
     return MIN_RESOLUTION <= side <= MAX_RESOLUTION and side & (side - 1) == 0
 
 
-def look(reader: ImageReader, entries: tuple[Entry, ...], tell: Tell) -> Findings:
+def count_headers(reader: ImageReader, entries: tuple[Entry, ...], tell: Tell) -> HeaderCounts:
     """Headers of some images of a source."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
-    bad: list[Bad] = []
-    asked = ahead(partial(_header, reader), entries, size=size_of, at_once=at_once(reader))
+    problems: list[ImageProblem] = []
+    asked = prefetch(partial(_header, reader), entries, size=size_of, num_threads=num_requests(reader))
     with closing(asked) as headers:
         for _, get in headers:
             try:
                 found = get()
             except BadImage as error:
-                bad.append(Bad(error.name, error.reason))
+                problems.append(ImageProblem(error.name, error.reason))
                 continue
             sizes[found.height, found.width] += 1
             channels[found.channels] += 1
     tell(len(entries))
-    return Findings(sizes, channels, tuple(bad))
+    return HeaderCounts(sizes, channels, tuple(problems))
 
 
-def settle(
+def choose_shape(
     source: ImageSource,
     *,
     resolution: int | None,
@@ -64,35 +64,35 @@ def settle(
     skip_bad: bool,
     workers: Workers[ImageReader],
     tell: Tell,
-) -> tuple[int, int]:
+) -> ImageShape:
     """Resolution and channels of the shards, as given or as all images have them.
 
     Raises:
         UserError: the images do not agree, or some are bad and not to be skipped.
     """
     if resolution is not None and channels is not None:
-        return resolution, channels
+        return ImageShape(resolution, channels)
     jobs = chunks(source.entries, _CHUNK)
-    found = add_up(workers.run(look, jobs, tell=tell))
+    found = sum_counts(workers.run(count_headers, jobs, tell=tell))
     if not skip_bad or not found.sizes:
-        raise_if_bad(list(found.bad), place=source.place)
+        raise_if_problems(list(found.problems), place=source.place)
     if resolution is None:
         resolution = _common_resolution(found.sizes, source.place)
     if channels is None:
         channels = _common_channels(found.channels, source.place)
-    return resolution, channels
+    return ImageShape(resolution, channels)
 
 
-def add_up(findings: Iterable[Findings]) -> Findings:
+def sum_counts(findings: Iterable[HeaderCounts]) -> HeaderCounts:
     """The sum of findings."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
-    bad: list[Bad] = []
+    problems: list[ImageProblem] = []
     for found in findings:
         sizes.update(found.sizes)
         channels.update(found.channels)
-        bad.extend(found.bad)
-    return Findings(sizes, channels, tuple(sorted(bad)))
+        problems.extend(found.problems)
+    return HeaderCounts(sizes, channels, tuple(sorted(problems)))
 
 
 def describe_sizes(sizes: Counter[tuple[int, int]]) -> str:

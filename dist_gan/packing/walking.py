@@ -19,7 +19,7 @@ _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Error numbers for a link whose target is absent, or that leads to itself."""
 
 
-class Walked(NamedTuple):
+class FolderTree(NamedTuple):
     """Files and folders below a folder, and the paths that were skipped."""
 
     files: list[File]
@@ -28,7 +28,7 @@ class Walked(NamedTuple):
     """Skipped paths, by reason."""
 
 
-def walk(root: str) -> Walked:
+def walk(root: str) -> FolderTree:
     """Files and folders below a folder, as relative paths with `/`, sorted within each folder.
 
     A link to a file counts as the file. A link to a folder is followed once, and only if it leads out of the tree; one
@@ -37,7 +37,7 @@ def walk(root: str) -> Walked:
     Raises:
         UserError: a folder cannot be read.
     """
-    found = Walked([], [], defaultdict(list))
+    found = FolderTree([], [], defaultdict(list))
     top = os.path.realpath(root)
     followed: set[str] = set()
     waiting = [(root, "", False)]

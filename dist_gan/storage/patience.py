@@ -36,7 +36,7 @@ class Patience:
         self._said_at: float | None = None
         self._lock = Lock()
 
-    def give_up(self) -> None:
+    def stop_retrying(self) -> None:
         """Ends all waiting; operations that fail from now on are not retried."""
         self._over.set()
 

@@ -71,7 +71,7 @@ def test_a_run_killed_while_saving_or_resuming_loses_nothing(
     resumed = [e for e in events(run) if e["event"] == "resume"]
     assert resumed[-1]["checkpoint"] == found.url
     assert_same_state(undisturbed[processes], run)
-    kept = reader.listed(str(run / "checkpoints"))
+    kept = reader.list_checkpoints(str(run / "checkpoints"))
     assert [s for s, _ in kept] == sorted({s for s, _ in kept})
     serials = [json.loads(p.read_text())["serial"] for p in sorted((run / "checkpoints").glob("*/manifest.json"))]
     assert serials == sorted(serials)

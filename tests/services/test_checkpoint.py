@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_gan import storage
-from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import reader
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RuntimeSection
 from dist_gan.runtime import LaunchSettings, Runtime
@@ -125,9 +125,9 @@ def test_what_is_saved_is_the_boundary_even_if_everything_moves_on_at_once(
 
 def test_serials_never_go_back(tmp_path: Path, runtime: Runtime) -> None:
     saved(tmp_path, runtime, 10, 20, 30, keep=2)
-    assert [s for s, _ in form.listed(str(tmp_path))] == [2, 3]
+    assert [s for s, _ in reader.list_checkpoints(str(tmp_path))] == [2, 3]
     saved(tmp_path, runtime, 15, keep=2)
-    assert [name for _, name in form.listed(str(tmp_path))] == [
+    assert [name for _, name in reader.list_checkpoints(str(tmp_path))] == [
         "checkpoint-0003-000000000030",
         "checkpoint-0004-000000000015",
     ]
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     newest = tmp_path / "checkpoint-0002-000000000020"
     spoil, text = DAMAGES[damage]
     spoil(newest)
-    assert any(text in problem for problem in form.verify(str(newest)))
+    assert any(text in problem for problem in reader.verify(str(newest)))
     fallback = found.newest()
     assert str(fallback.url).endswith("checkpoint-0001-000000000010")
     assert len(fallback.damaged) == 1
@@ -204,7 +204,7 @@ def test_a_hostile_pickle_with_a_fitting_hash_is_still_not_run(tmp_path: Path, r
     (folder / "COMMIT").write_text(hashlib.sha256(raw).hexdigest())
     with pytest.raises(UserError, match="is no safetensors file"):
         found.load(str(folder), {"part": Part()})
-    assert form.verify(str(folder))
+    assert reader.verify(str(folder))
     assert not marker.exists()
 
 
@@ -223,7 +223,7 @@ def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, runtime: 
     (folder / "manifest.json").write_text(raw)
     (folder / "COMMIT").write_text(hashlib.sha256(raw.encode()).hexdigest())
     with pytest.raises(UserError, match="names a file"):
-        form.read_manifest(str(folder))
+        reader.read_manifest(str(folder))
 
 
 @pytest.mark.parametrize("which", ["safetensors", "manifest.json", "COMMIT"])
@@ -248,7 +248,9 @@ def test_a_full_disk_fails_the_save_at_the_next_boundary_and_leaves_nothing_that
     found.save(30, {"part": Part(3)})
     found.drain()
     assert str(found.newest().url).endswith("000000000030")
-    assert [i for _, n in form.listed(str(tmp_path)) if (i := int(n[-12:])) == 20] == [], "retention cleared it away"
+    assert [i for _, n in reader.list_checkpoints(str(tmp_path)) if (i := int(n[-12:])) == 20] == [], (
+        "retention cleared it away"
+    )
 
 
 def test_a_disk_that_becomes_read_only_fails_the_save_and_keeps_what_is_there(
@@ -265,7 +267,7 @@ def test_a_disk_that_becomes_read_only_fails_the_save_and_keeps_what_is_there(
     subprocess.run(["mount", "-o", "remount,rw", str(tiny_disk)], check=True)
     found.save(40, {"part": Part(4)})
     found.drain()
-    assert [int(n[-12:]) for _, n in form.listed(str(tiny_disk / "run"))] == [20, 40]
+    assert [int(n[-12:]) for _, n in reader.list_checkpoints(str(tiny_disk / "run"))] == [20, 40]
 
 
 def test_deletes_that_fail_are_no_failure_and_tried_again(
@@ -278,12 +280,12 @@ def test_deletes_that_fail_are_no_failure_and_tried_again(
 
     monkeypatch.setattr(storage, "remove_folder", refuse)
     found = saved(tmp_path, runtime, 10, 20, 30, 40, keep=2)
-    assert [int(n[-12:]) for _, n in form.listed(str(tmp_path))] == [10, 20, 30, 40]
+    assert [int(n[-12:]) for _, n in reader.list_checkpoints(str(tmp_path))] == [10, 20, 30, 40]
     assert not (tmp_path / "checkpoint-0001-000000000010" / "COMMIT").exists(), "COMMIT goes first"
     monkeypatch.setattr(storage, "remove_folder", honest)
     found.save(50, {"part": Part(5)})
     found.drain()
-    assert [int(n[-12:]) for _, n in form.listed(str(tmp_path))] == [40, 50]
+    assert [int(n[-12:]) for _, n in reader.list_checkpoints(str(tmp_path))] == [40, 50]
 
 
 def test_retention_keeps_the_last_the_milestones_the_best_and_the_newest_healthy(
@@ -296,7 +298,7 @@ def test_retention_keeps_the_last_the_milestones_the_best_and_the_newest_healthy
         found.drain()
         if images == 160:
             found.mark_healthy(url)
-    assert [int(n[-12:]) for _, n in form.listed(str(tmp_path))] == [10, 60, 110, 160, 210, 290, 295]
+    assert [int(n[-12:]) for _, n in reader.list_checkpoints(str(tmp_path))] == [10, 60, 110, 160, 210, 290, 295]
 
 
 def test_nothing_is_deleted_before_the_new_one_is_whole(
@@ -311,7 +313,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(
     monkeypatch.setattr(storage.local, "publish", rotten)
     found.save(30, {"part": Part(3)})
     found.drain()
-    assert [int(n[-12:]) for _, n in form.listed(str(tmp_path))] == [10, 20, 30]
+    assert [int(n[-12:]) for _, n in reader.list_checkpoints(str(tmp_path))] == [10, 20, 30]
     assert str(found.newest().url).endswith("000000000020")
 
 
@@ -321,7 +323,7 @@ def test_a_stores_memory_holds_checkpoints_too(runtime: Runtime) -> None:
     other = Part()
     found.load(str(found.newest().url), {"part": other})
     assert other.counter == 30
-    assert len(form.listed(folder)) == 2
+    assert len(reader.list_checkpoints(folder)) == 2
     storage.remove_folder(folder)
 
 
@@ -342,7 +344,7 @@ def test_abandoned_ones_are_passed_over_without_a_word(tmp_path: Path, runtime: 
     assert str(found.newest(healthy=True).url) == target
     found.intend_rollback(target, {"recovery": {"rollbacks": 1}})
     found.abandon_after(target)
-    assert found.newest() == form.Found(target, ())
+    assert found.newest() == reader.SearchResult(target, ())
     assert found.intended_rollback() == {"target": "checkpoint-0001-000000000010", "recovery": {"rollbacks": 1}}
     found.save(15, {"part": Part(15)})
     found.drain()

@@ -12,7 +12,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from dist_gan import storage
-from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import reader
 from dist_gan.config import RuntimeSection
 from dist_gan.runtime import LaunchSettings, Runtime
 from dist_gan.types import TrainingFailed
@@ -71,7 +71,7 @@ def test_a_store_that_is_away_for_a_while_delays_a_save_and_loses_nothing(
     newest = found.newest()
     assert str(newest.url).endswith("000000000020")
     assert newest.damaged == ()
-    assert form.verify(str(newest.url)) == []
+    assert reader.verify(str(newest.url)) == []
     other = Part()
     checkpointer("s3://runs/checkpoints", runtime).load(str(newest.url), {"part": other})
     assert other.counter == 20

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dist_gan import storage
-from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import reader
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection, RecoverySection
 from dist_gan.health.recovery import Recovery
@@ -59,7 +59,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_named_and_the_one_before_it_
     assert str(fallback.url).endswith("000000000010")
     assert len(fallback.damaged) == 1
     assert SECOND in fallback.damaged[0]
-    assert form.verify(str(newest))
+    assert reader.verify(str(newest))
     with pytest.raises(UserError, match=SECOND):
         found.load(str(newest), {"part": Part()})
     found.save(30, {"part": Part(3)})
@@ -235,7 +235,7 @@ def test_a_checkpoint_under_the_name_of_another_is_damaged_and_under_a_name_of_i
     assert str(found.url).endswith(SECOND)
     assert "its manifest is that of serial 2 at 20 images" in found.damaged[0]
     shutil.copytree(folder / SECOND, tmp_path / "best")
-    assert form.verify(str(tmp_path / "best")) == []
+    assert reader.verify(str(tmp_path / "best")) == []
 
 
 def at_serial(folder: Path, runtime: Runtime, first: int, count: int, **section: Any) -> Checkpointer:
@@ -270,7 +270,7 @@ def test_retention_goes_by_serial_from_ten_thousand_on(tmp_path: Path, runtime: 
     for name in ("checkpoint-9997-000000000005", "checkpoint-10003-000000000099"):
         (tmp_path / name).mkdir()
     at_serial(tmp_path, runtime, 9998, 4, keep=2)
-    left = [serial for serial, _ in form.listed(str(tmp_path))]
+    left = [serial for serial, _ in reader.list_checkpoints(str(tmp_path))]
     assert left == [10000, 10001, 10003], (
         "the half one is cleared away once a newer one is whole, and none that is newer"
     )
@@ -298,14 +298,14 @@ def test_a_damaged_note_of_a_rollback_is_one_sentence_with_what_to_do(
 
 
 def test_the_newest_commit_is_told_without_reading_a_file(tmp_path: Path, runtime: Runtime) -> None:
-    assert form.newest_commit(str(tmp_path / "nowhere")) is None
+    assert reader.newest_commit(str(tmp_path / "nowhere")) is None
     found = saved(tmp_path, runtime, 10, 20, 30)
     for file in tmp_path.rglob("data-*"):
         file.write_bytes(b"")
-    assert form.newest_commit(str(tmp_path)) == form.Commit(str(tmp_path / "checkpoint-0003-000000000030"), 30)
+    assert reader.newest_commit(str(tmp_path)) == reader.Commit(str(tmp_path / "checkpoint-0003-000000000030"), 30)
     (tmp_path / "checkpoint-0003-000000000030" / "COMMIT").unlink()
     found.abandon_after(str(tmp_path / "checkpoint-0001-000000000010"))
-    assert form.newest_commit(str(tmp_path)) == form.Commit(str(tmp_path / "checkpoint-0001-000000000010"), 10)
+    assert reader.newest_commit(str(tmp_path)) == reader.Commit(str(tmp_path / "checkpoint-0001-000000000010"), 10)
 
 
 def test_logs_are_on_the_disk_when_a_checkpoint_is_committed(

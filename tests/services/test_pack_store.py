@@ -496,6 +496,6 @@ def test_memory_stays_within_the_bound_whatever_the_size_of_the_shards_and_of_th
     decoded = 3 * 512 * 512
     # Beside what is counted: what the allocator and the client keep of requests that are done.
     kept = 40 * 2**20
-    bound = fetching.AHEAD_BYTES + 2 * PART_BYTES + 8 * decoded + kept
+    bound = fetching.MAX_PENDING_BYTES + 2 * PART_BYTES + 8 * decoded + kept
     assert len(sent) > 2 * bound, "too little data to prove anything"
     assert many - few < bound, f"{(many - few) / 2**20:.0f} MiB"

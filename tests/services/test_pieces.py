@@ -72,7 +72,7 @@ def test_a_piece_is_the_bytes_from_its_first_image_to_the_end_of_its_last(
     reader = reader_of(readers, *sources)
     piece = Piece(1, 0, first, last)
     assert reader.size(piece) == end - start
-    reader.want([piece])
+    reader.request([piece])
     assert reader.get(piece) == PieceBytes(start, content(2)[start:end])
     assert reader.get(piece) == reader.fetch_again(piece)
     assert store.reads() == ([] if local else [("b/set/2.tar", start, end)] * 2), (
@@ -86,12 +86,12 @@ def test_what_was_wanted_least_recently_goes_first_and_no_more_is_held_than_was_
     reader = reader_of(readers, source_of(0), memory=60)
     a, b, c = Piece(0, 0, 0, 0), Piece(0, 0, 1, 1), Piece(0, 0, 2, 2)  # 30, 10 and 20 bytes
     for piece in (a, b, c):
-        reader.want([piece])
+        reader.request([piece])
         reader.get(piece)
     assert reader.most_bytes == 60
-    reader.want([a])
+    reader.request([a])
     later = Piece(0, 0, 4, 4)  # 10 bytes: b has to go
-    reader.want([later])
+    reader.request([later])
     reader.get(later)
     assert reader.most_bytes == 60
     asked = len(store.reads())
@@ -113,7 +113,7 @@ def test_what_is_on_its_way_counts_as_held(store: Store, readers: list[PieceRead
 
     store.on_read = wait
     reader = reader_of(readers, source_of(0, 1), memory=100)
-    reader.want([Piece(0, shard, row, row) for shard in range(2) for row in range(6)])
+    reader.request([Piece(0, shard, row, row) for shard in range(2) for row in range(6)])
     assert reader.most_bytes <= 100
     go.set()
     for shard in range(2):

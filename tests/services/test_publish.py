@@ -225,7 +225,7 @@ def test_whoever_gives_up_waits_no_more(store: Store) -> None:
 
     store.on_read = silent
     patience = Patience(100)
-    patience.give_up()
+    patience.stop_retrying()
     with own_clock() as clock, pytest.raises(ConnectionResetError):
         storage.read_range("gs://b/a", 0, 3, patience=patience)
     assert len(clock.waits) == 1

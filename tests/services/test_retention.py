@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from dist_gan import storage
-from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import reader
 from dist_gan.runtime import Runtime
 from dist_gan.types import TrainingFailed
 from tests.services.own_store import Store, own_clock, own_store
@@ -25,7 +25,7 @@ HISTORY = [(20, 5.0), (90, 1.0), (110, 9.0), (140, 4.0), (190, 8.0), (215, 6.0),
 
 
 def kept(folder: Path | str) -> list[int]:
-    return [int(name.rsplit("-", 1)[-1]) for _, name in form.listed(str(folder))]
+    return [int(name.rsplit("-", 1)[-1]) for _, name in reader.list_checkpoints(str(folder))]
 
 
 def written(folder: Path, runtime: Runtime) -> dict[int, str]:
@@ -73,17 +73,17 @@ def test_what_stays_is_the_newest_the_milestones_and_the_best(
 def test_the_newest_healthy_one_stays_and_no_older_one(tmp_path: Path, runtime: Runtime) -> None:
     urls = written(tmp_path, runtime)
     for images in (20, 140, 190):
-        mark(urls[images], form.HEALTHY)
+        mark(urls[images], reader.HEALTHY)
     assert after_one_more(tmp_path, runtime, keep=2) == [190, 330, 400]
 
 
 def test_abandoned_ones_take_nobodys_place(tmp_path: Path, runtime: Runtime) -> None:
     """Neither among the newest, nor as healthy, as a milestone or as the best."""
     urls = written(tmp_path, runtime)
-    mark(urls[190], form.HEALTHY)
+    mark(urls[190], reader.HEALTHY)
     for images in (90, 290, 310, 330):
-        mark(urls[images], form.ABANDONED)
-    mark(urls[310], form.HEALTHY)
+        mark(urls[images], reader.ABANDONED)
+    mark(urls[310], reader.HEALTHY)
     left = after_one_more(tmp_path, runtime, keep=3, keep_every=300, keep_best="metric/fid")
     whole = [i for i in left if i not in (90, 290, 310, 330)]
     assert whole == [20, 140, 190, 215, 400], (
@@ -93,8 +93,8 @@ def test_abandoned_ones_take_nobodys_place(tmp_path: Path, runtime: Runtime) -> 
 
 def test_what_is_not_committed_counts_for_nothing(tmp_path: Path, runtime: Runtime) -> None:
     urls = written(tmp_path, runtime)
-    storage.remove(storage.join(urls[330], form.COMMIT))
-    storage.remove(storage.join(urls[310], form.COMMIT))
+    storage.remove(storage.join(urls[330], reader.COMMIT))
+    storage.remove(storage.join(urls[310], reader.COMMIT))
     assert after_one_more(tmp_path, runtime, keep=2) == [290, 400]
 
 
@@ -189,8 +189,8 @@ def test_every_file_of_a_checkpoint_is_verified_and_not_only_the_first(tmp_path:
         (folder / name).write_bytes(data)
     text = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(text)
-    (folder / form.COMMIT).write_text(hashlib.sha256(text).hexdigest())
-    assert form.verify(url) == []
+    (folder / reader.COMMIT).write_text(hashlib.sha256(text).hexdigest())
+    assert reader.verify(url) == []
     assert found.newest().url == url
     other = Part()
     found.load(url, {"part": other})
@@ -198,11 +198,11 @@ def test_every_file_of_a_checkpoint_is_verified_and_not_only_the_first(tmp_path:
     for name, data in whole.items():
         for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), data + b"\0"):
             (folder / name).write_bytes(damaged)
-            (problem,) = form.verify(url)
+            (problem,) = reader.verify(url)
             assert name in problem
         (folder / name).write_bytes(data)
     (folder / "data-00001-of-00003.safetensors").unlink()
-    assert len(form.verify(url)) == 1
+    assert len(reader.verify(url)) == 1
 
 
 def test_a_store_that_is_silent_for_a_while_delays_a_save(store: Store, runtime: Runtime) -> None:
@@ -220,4 +220,4 @@ def test_a_store_that_is_silent_for_a_while_delays_a_save(store: Store, runtime:
         found.drain()
     assert len(clock.waits) >= 2
     assert failures == []
-    assert form.verify(str(found.newest().url)) == []
+    assert reader.verify(str(found.newest().url)) == []

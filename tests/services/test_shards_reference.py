@@ -19,11 +19,11 @@ from PIL import Image
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
 from dist_gan.packing import fetching
 from dist_gan.packing.array_sources import ArraySource
-from dist_gan.packing.fetching import ahead
+from dist_gan.packing.fetching import prefetch
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.pack import pack
 from dist_gan.packing.sources import open_source
-from dist_gan.packing.survey import add_up, describe_sizes, is_resolution, look
+from dist_gan.packing.survey import count_headers, describe_sizes, is_resolution, sum_counts
 from dist_gan.packing.tar_scan import DamagedTar, TarScan
 from dist_gan.pictures import encode_png
 from dist_gan.types import UserError
@@ -203,15 +203,15 @@ def test_sizes_and_channels_are_counted_from_the_headers(place: str, tmp_path: P
             store.objects[f"b/{name}"] = data
         source = open_source(str(tmp_path) if place == "folder" else "gs://b")
         told: list[int] = []
-        found = look(source.reader, source.entries, told.append)
+        found = count_headers(source.reader, source.entries, told.append)
         if place == "store":
             large = [(start, end) for path, start, end in store.reads() if path == "b/d.jpg"]
             assert large == [(0, 2**16)], "of a large picture its beginning is enough"
     assert found.sizes == Counter({(16, 24): 3, (16, 16): 1, (300, 300): 1})
     assert found.channels == Counter({3: 4, 1: 1})
-    assert [bad.member for bad in found.bad] == ["f.png"]
+    assert [problem.member for problem in found.problems] == ["f.png"]
     assert sum(told) == 6
-    twice = add_up([found, found])
+    twice = sum_counts([found, found])
     assert twice.sizes == Counter({(16, 24): 6, (16, 16): 2, (300, 300): 2})
     assert twice.channels == Counter({3: 8, 1: 2})
     assert describe_sizes(found.sizes) == "24x16 (3), 16x16 (1), 300x300 (1)", "width x height, the most frequent first"
@@ -267,8 +267,8 @@ def test_the_same_pictures_give_the_same_bytes_whatever_the_order_they_are_given
 
 def test_no_more_results_and_bytes_wait_than_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked for while one is in the caller's hands, with limits small enough to count on fingers."""
-    monkeypatch.setattr(fetching, "AHEAD", 4)
-    monkeypatch.setattr(fetching, "AHEAD_BYTES", 10)
+    monkeypatch.setattr(fetching, "MAX_PENDING", 4)
+    monkeypatch.setattr(fetching, "MAX_PENDING_BYTES", 10)
     for sizes in ([1] * 12, [3] * 12, [10] * 6, [11, 11, 1, 1, 1, 1, 1], [1, 1, 20], [2, 2, 20, 9, 1, 9, 2]):
         pulled: list[int] = []
 
@@ -278,7 +278,7 @@ def test_no_more_results_and_bytes_wait_than_was_said(monkeypatch: pytest.Monkey
                 if number < count:
                     yield number
 
-        for taken, (item, get) in enumerate(ahead(lambda n: n, items(), size=sizes.__getitem__, at_once=2)):
+        for taken, (item, get) in enumerate(prefetch(lambda n: n, items(), size=sizes.__getitem__, num_threads=2)):
             assert item == taken == get()
             held = sizes[taken + 1 : pulled[-1]]  # the last one that was pulled is not asked for before there is room
             assert len(held) <= 4

@@ -16,7 +16,7 @@ from dist_gan import cli, storage
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import Manifest, Shard, check_shards, read_manifest
 from dist_gan.data.pieces import Piece, PieceReader, ShardFolder
-from dist_gan.packing.fetching import ahead
+from dist_gan.packing.fetching import prefetch
 from dist_gan.packing.indexing import index, verify
 from dist_gan.packing.sources import open_source
 from dist_gan.run_data import prepare_data
@@ -281,8 +281,8 @@ def test_threads_and_later_files_of_one_folder_say_it_once(
     monkeypatch.setattr(storage.patience, "PATIENCE_S", 1.5)
     folder = StoreFolder(URL)
     failed = 0
-    for _, get in ahead(
-        lambda name: folder.read(name, size=3), [str(n) for n in range(20)], size=lambda _: 3, at_once=8
+    for _, get in prefetch(
+        lambda name: folder.read(name, size=3), [str(n) for n in range(20)], size=lambda _: 3, num_threads=8
     ):
         try:
             get()

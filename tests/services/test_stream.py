@@ -18,7 +18,7 @@ from dist_gan import pictures, storage
 from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Sample, Stage
 from dist_gan.data.manifest import read_manifest
-from dist_gan.data.order import held_out
+from dist_gan.data.order import holdout_mask
 from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
@@ -359,7 +359,7 @@ def test_balance_mixture_flips_and_a_held_out_share_have_their_effect_through_a_
         drawn = np.bincount([fact[2] for fact in facts if fact[0] == source], minlength=3)
         assert drawn.tolist() == [count // 3] * 3, "every class equally often"
     keys = [f"{row:08d}" for row in range(300)]
-    held = {key for key, out in zip(keys, held_out(keys, share=0.2), strict=True) if out}
+    held = {key for key, out in zip(keys, holdout_mask(keys, share=0.2), strict=True) if out}
     assert 30 < len(held) < 90
     assert held.isdisjoint(fact[1] for fact in facts)
     assert {fact[1] for fact in facts if fact[0] == 0 and fact[2] == 1} == set(keys[240:290]) - held

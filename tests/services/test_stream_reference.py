@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_gan.config import ShardsData
 from dist_gan.data.decoding import Damage, Sample
 from dist_gan.data.manifest import Manifest, read_manifest
-from dist_gan.data.order import held_out
+from dist_gan.data.order import holdout_mask
 from dist_gan.data.pieces import ShardFolder
 from dist_gan.data.stream import ImageStream
 from dist_gan.draws import Draws
@@ -97,7 +97,7 @@ def stream(
 
 def wanted_keys(manifest: Manifest, count: int, *, holdout: float = 0.0) -> list[str]:
     """The keys of the first positions of the order."""
-    rows = [np.flatnonzero(~held_out(shard.keys, share=holdout)).tolist() for shard in manifest.shards]
+    rows = [np.flatnonzero(~holdout_mask(shard.keys, share=holdout)).tolist() for shard in manifest.shards]
     line = reference([len(some) for some in rows], 4, 5, seed=SEED)
     return [manifest.shards[shard].keys[rows[shard][nth]] for shard, nth in islice(line, count)]
 
@@ -274,7 +274,7 @@ def test_a_scan_deals_a_split_out_in_the_order_of_the_shards_and_pads_the_end(
     wanted = [
         key
         for shard in manifest.shards
-        for key, out in zip(shard.keys, held_out(shard.keys, share=0.4), strict=True)
+        for key, out in zip(shard.keys, holdout_mask(shard.keys, share=0.4), strict=True)
         if out == (split == "holdout")
     ]
     parts = [
@@ -302,7 +302,7 @@ def test_a_scan_deals_a_split_out_in_the_order_of_the_shards_and_pads_the_end(
 def stand_in(manifest: Manifest, key: str, bad: set[str], *, holdout: float = 0.0) -> str:
     """The next sound image of the shard that is trained on, of the same label if there is one, else of any."""
     shard = next(shard for shard in manifest.shards if key in shard.keys)
-    out = held_out(shard.keys, share=holdout)
+    out = holdout_mask(shard.keys, share=holdout)
     at = shard.keys.index(key)
     behind = [*range(at + 1, len(shard.keys)), *range(at)]
     sound = [row for row in behind if not out[row] and shard.keys[row] not in bad]
@@ -321,7 +321,7 @@ def test_a_damaged_image_is_replaced_by_the_next_of_its_label_in_its_shard_on_ev
     trained = [
         (number, row)
         for number, shard in enumerate(manifest.shards)
-        for row, out in enumerate(held_out(shard.keys, share=0.2))
+        for row, out in enumerate(holdout_mask(shard.keys, share=0.2))
         if not out
     ]
     # One before a held-out image of its label, five in a row, and the last of a shard, behind which nothing comes.

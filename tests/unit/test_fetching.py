@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_gan.packing import fetching
-from dist_gan.packing.fetching import AHEAD, AHEAD_BYTES, AT_ONCE, ahead
+from dist_gan.packing.fetching import MAX_PENDING, MAX_PENDING_BYTES, MAX_REQUESTS, prefetch
 
 
 class Fetch:
@@ -34,32 +34,34 @@ class Fetch:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, AHEAD_BYTES + 5), max_size=200))
+@given(st.lists(st.integers(0, MAX_PENDING_BYTES + 5), max_size=200))
 def test_whatever_the_sizes_the_order_stays_and_no_more_than_the_bound_is_asked_for(sizes: list[int]) -> None:
     fetch = Fetch()
     taken = 0
-    asked = ahead(fetch, range(len(sizes)), size=sizes.__getitem__, at_once=AT_ONCE)
+    asked = prefetch(fetch, range(len(sizes)), size=sizes.__getitem__, num_threads=MAX_REQUESTS)
     for item, get in asked:
         assert item == get() == taken
         taken += 1
         begun = fetch.begun  # those that wait for a thread hold nothing yet
         held = sizes[taken:begun]
-        assert len(held) <= AHEAD
-        assert sum(held) <= AHEAD_BYTES or len(held) == 1
+        assert len(held) <= MAX_PENDING
+        assert sum(held) <= MAX_PENDING_BYTES or len(held) == 1
     assert taken == len(sizes)
 
 
 def test_requests_are_under_way_together_so_latency_is_paid_once_for_many() -> None:
     fetch = Fetch(seconds=0.05)
     began = time.monotonic()
-    assert [get() for _, get in ahead(fetch, range(64), size=lambda _: 1, at_once=AT_ONCE)] == list(range(64))
-    assert fetch.most_at_once == AT_ONCE
+    assert [get() for _, get in prefetch(fetch, range(64), size=lambda _: 1, num_threads=MAX_REQUESTS)] == list(
+        range(64)
+    )
+    assert fetch.most_at_once == MAX_REQUESTS
     assert time.monotonic() - began < 64 * 0.05 / 2
 
 
 def test_with_one_at_once_nothing_is_fetched_before_its_turn_and_no_thread_is_made() -> None:
     here = threading.get_ident()
-    asked = ahead(lambda item: (item, threading.get_ident()), range(3), size=lambda _: 1, at_once=1)
+    asked = prefetch(lambda item: (item, threading.get_ident()), range(3), size=lambda _: 1, num_threads=1)
     assert [get() for _, get in asked] == [(n, here) for n in range(3)]
 
 
@@ -70,7 +72,7 @@ def test_an_error_belongs_to_its_item_and_the_others_come() -> None:
         return item
 
     found = []
-    for item, get in ahead(fetch, range(3), size=lambda _: 1, at_once=2):
+    for item, get in prefetch(fetch, range(3), size=lambda _: 1, num_threads=2):
         if item == 1:
             with pytest.raises(KeyError):
                 get()
@@ -82,16 +84,16 @@ def test_an_error_belongs_to_its_item_and_the_others_come() -> None:
 def test_who_leaves_early_leaves_no_thread_and_no_request() -> None:
     before = threading.active_count()
     fetch = Fetch(seconds=0.01)
-    with closing(ahead(fetch, range(1000), size=lambda _: 1, at_once=AT_ONCE)) as asked:
+    with closing(prefetch(fetch, range(1000), size=lambda _: 1, num_threads=MAX_REQUESTS)) as asked:
         next(asked)
     begun = fetch.begun
     time.sleep(0.05)
-    assert fetch.begun == begun <= AHEAD
+    assert fetch.begun == begun <= MAX_PENDING
     assert threading.active_count() == before
 
 
 def test_results_are_let_go_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "AHEAD_BYTES", 10)
+    monkeypatch.setattr(fetching, "MAX_PENDING_BYTES", 10)
     alive: set[int] = set()
 
     class Heavy:
@@ -103,7 +105,7 @@ def test_results_are_let_go_when_they_are_used(monkeypatch: pytest.MonkeyPatch) 
             alive.discard(self.item)
 
     most = 0
-    for _, get in ahead(Heavy, range(100), size=lambda _: 5, at_once=4):
+    for _, get in prefetch(Heavy, range(100), size=lambda _: 5, num_threads=4):
         get()
         most = max(most, len(alive))
     assert most <= 2 + 1, "two fit into the bound, and one is in our hands"

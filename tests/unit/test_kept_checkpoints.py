@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dist_gan.checkpoint import reader as form
+from dist_gan.checkpoint import reader
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import CheckpointSection
 from dist_gan.types import UserError
@@ -46,7 +46,11 @@ def place(folder: Path, serial: int) -> Path:
 
 
 def images_of(folder: Path) -> list[int]:
-    return [int(name.rsplit("-", 1)[1]) for _, name in form.listed(str(folder)) if (folder / name / "COMMIT").exists()]
+    return [
+        int(name.rsplit("-", 1)[1])
+        for _, name in reader.list_checkpoints(str(folder))
+        if (folder / name / "COMMIT").exists()
+    ]
 
 
 FID = {100: 7.0, 200: 3.0, 300: 9.0, 400: 5.0, 500: 6.0, 600: 4.0}
@@ -124,12 +128,12 @@ def by_hand(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_of_two_files_written_by_hand_is_whole_and_read(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-0007-000000001234"
     expected = by_hand(folder)
-    assert form.verify(str(folder)) == []
-    manifest, tensors = form.read(str(folder))
+    assert reader.verify(str(folder)) == []
+    manifest, tensors = reader.read(str(folder))
     assert manifest["images"] == 1234
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    assert form.read(str(folder), prefix="ema/")[1].keys() == {"ema/a", "ema/b"}
+    assert reader.read(str(folder), prefix="ema/")[1].keys() == {"ema/a", "ema/b"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -145,11 +149,11 @@ def test_damage_in_any_of_its_files_is_found_named_and_never_read(rank: int, kin
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(data[:-1] if kind == "too short" else data)
-    (problem,) = form.verify(str(folder))
+    (problem,) = reader.verify(str(folder))
     assert name in problem
     with pytest.raises(UserError, match=name):
-        form.read(str(folder))
-    found = form.newest(str(tmp_path))
+        reader.read(str(folder))
+    found = reader.newest(str(tmp_path))
     assert found.url == str(older)
     assert len(found.damaged) == 1
     assert name in found.damaged[0]
@@ -160,10 +164,10 @@ def test_the_newest_is_the_one_with_the_highest_number_however_long_and_the_next
 ) -> None:
     for serial in (2, 9_999, 10_000):
         by_hand(tmp_path / f"checkpoint-{serial:04d}-000000001234")
-    assert [serial for serial, _ in form.listed(str(tmp_path))] == [2, 9_999, 10_000]
-    assert form.newest(str(tmp_path)).url == str(place(tmp_path, 10_000))
+    assert [serial for serial, _ in reader.list_checkpoints(str(tmp_path))] == [2, 9_999, 10_000]
+    assert reader.newest(str(tmp_path)).url == str(place(tmp_path, 10_000))
     saved(tmp_path, played, {5: {}})
-    assert form.newest(str(tmp_path)).url == str(tmp_path / "checkpoint-10001-000000000005")
+    assert reader.newest(str(tmp_path)).url == str(tmp_path / "checkpoint-10001-000000000005")
 
 
 @pytest.mark.parametrize("target", [9_998, 9_999, 10_000])
@@ -189,7 +193,7 @@ def test_what_was_never_committed_goes_if_it_is_older_and_stays_if_it_may_be_und
     save(found, played, 10)  # takes the number 10000
     (tmp_path / "away" / "later").rename(tmp_path / "checkpoint-10005-000000001234")
     save(found, played, 20)
-    assert [serial for serial, _ in form.listed(str(tmp_path))] == [10_000, 10_001, 10_005]
+    assert [serial for serial, _ in reader.list_checkpoints(str(tmp_path))] == [10_000, 10_001, 10_005]
 
 
 def test_marks_decide_which_one_is_the_newest(tmp_path: Path) -> None:
@@ -198,5 +202,5 @@ def test_marks_decide_which_one_is_the_newest(tmp_path: Path) -> None:
     for serial, mark in ((1, "HEALTHY"), (2, "HEALTHY"), (4, "HEALTHY"), (4, "ABANDONED")):
         (place(tmp_path, serial) / mark).write_bytes(b"")
     (place(tmp_path, 5) / "COMMIT").unlink()
-    assert form.newest(str(tmp_path)).url == str(place(tmp_path, 3))
-    assert form.newest(str(tmp_path), healthy=True).url == str(place(tmp_path, 2))
+    assert reader.newest(str(tmp_path)).url == str(place(tmp_path, 3))
+    assert reader.newest(str(tmp_path), healthy=True).url == str(place(tmp_path, 2))

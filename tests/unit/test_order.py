@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dist_gan.data.order import Mixture, Order, held_out
+from dist_gan.data.order import Mixture, Order, holdout_mask
 from dist_gan.runtime import Runtime
 
 Pairs = list[tuple[int, int]]
@@ -269,30 +269,30 @@ KEYS = [f"n{i:08d}" for i in range(20_000)]
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 def test_the_held_out_share_is_near_what_was_asked_for(share: float) -> None:
-    found = held_out(KEYS, share=share).mean()
+    found = holdout_mask(KEYS, share=share).mean()
     assert found == pytest.approx(share, abs=4.5 * np.sqrt(share * (1 - share) / len(KEYS)))
 
 
 def test_what_is_held_out_does_not_depend_on_the_packing() -> None:
-    out = {k for k, is_out in zip(KEYS, held_out(KEYS, share=0.1), strict=True) if is_out}
+    out = {k for k, is_out in zip(KEYS, holdout_mask(KEYS, share=0.1), strict=True) if is_out}
     shuffled = np.random.default_rng(0).permutation(KEYS).tolist()
     again = set()
     for begin in range(0, len(shuffled), 777):
         part = shuffled[begin : begin + 777]
-        again |= {k for k, is_out in zip(part, held_out(part, share=0.1), strict=True) if is_out}
+        again |= {k for k, is_out in zip(part, holdout_mask(part, share=0.1), strict=True) if is_out}
     assert again == out
 
 
 def test_a_larger_share_holds_out_the_same_images_and_more() -> None:
-    small, large = held_out(KEYS, share=0.05), held_out(KEYS, share=0.2)
+    small, large = holdout_mask(KEYS, share=0.05), holdout_mask(KEYS, share=0.2)
     assert not (small & ~large).any()
     assert large.sum() > small.sum()
 
 
 def test_a_share_of_zero_holds_out_none() -> None:
-    assert not held_out(KEYS, share=0).any()
-    assert held_out([], share=0.5).shape == (0,)
-    assert held_out([], share=0).dtype == held_out(KEYS[:1], share=0.5).dtype == np.bool_
+    assert not holdout_mask(KEYS, share=0).any()
+    assert holdout_mask([], share=0.5).shape == (0,)
+    assert holdout_mask([], share=0).dtype == holdout_mask(KEYS[:1], share=0.5).dtype == np.bool_
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from math import gcd
 import numpy as np
 import pytest
 
-from dist_gan.data.order import Mixture, Order, held_out
+from dist_gan.data.order import Mixture, Order, holdout_mask
 
 Image = tuple[int, int]
 """Shard and index in it."""
@@ -139,5 +139,5 @@ def test_cycles_of_a_mixture_are_arranged_differently() -> None:
 def test_a_key_is_held_out_if_the_first_64_bits_of_its_sha256_are_below_the_share(share: float) -> None:
     keys = [f"cats/{n}" for n in range(2000)] + ["größe", "a", "b"]
     wanted = [int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) < share * 2**64 for key in keys]
-    assert held_out(keys, share=share).tolist() == wanted
-    assert held_out(keys[::-1], share=share).tolist() == wanted[::-1], "the same key is always on the same side"
+    assert holdout_mask(keys, share=share).tolist() == wanted
+    assert holdout_mask(keys[::-1], share=share).tolist() == wanted[::-1], "the same key is always on the same side"

@@ -10,7 +10,7 @@ import pytest
 
 from dist_gan.config import ShardsData
 from dist_gan.data.manifest import Manifest, Shard
-from dist_gan.data.order import held_out
+from dist_gan.data.order import holdout_mask
 from dist_gan.data.pieces import Piece, ShardFolder
 from dist_gan.data.plan import Plan
 from dist_gan.types import UserError
@@ -55,7 +55,7 @@ def rows_of(source: ShardFolder, *, holdout: float = 0.0, label: int | None = No
     """Of each shard the rows that are trained on, perhaps of one class."""
     found = []
     for shard in source.manifest.shards:
-        out = held_out(shard.keys, share=holdout)
+        out = holdout_mask(shard.keys, share=holdout)
         labels = shard.labels or (None,) * len(shard.keys)
         found.append([r for r in range(len(shard.keys)) if not out[r] and (label is None or labels[r] == label)])
     return found
@@ -96,10 +96,10 @@ def test_a_piece_is_the_whole_block_from_its_first_trained_row_to_its_last() -> 
 
 def test_what_is_held_out_and_what_is_trained_on_are_all_rows_and_have_none_in_common() -> None:
     source, plan = source_of([200, 300]), plan_of((source_of([200, 300]), 1), holdout=0.25)
-    for shard, trained, out in zip(source.manifest.shards, plan.rows[0], plan.held_out[0], strict=True):
+    for shard, trained, out in zip(source.manifest.shards, plan.rows[0], plan.holdout_rows[0], strict=True):
         assert sorted([*trained.tolist(), *out.tolist()]) == list(range(len(shard.keys)))
-        assert out.tolist() == np.flatnonzero(held_out(shard.keys, share=0.25)).tolist()
-    url = next(f"/{n}" for n in range(100) if held_out([f"/{n}/0/0"], share=0.5)[0])
+        assert out.tolist() == np.flatnonzero(holdout_mask(shard.keys, share=0.25)).tolist()
+    url = next(f"/{n}" for n in range(100) if holdout_mask([f"/{n}/0/0"], share=0.5)[0])
     with pytest.raises(UserError, match=rf"data\.holdout: 0\.5 leaves no image of {url} to train on"):
         plan_of((source_of([20]), 1), (source_of([1], url=url), 1), holdout=0.5)
 

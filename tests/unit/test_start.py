@@ -9,7 +9,7 @@ import pytest
 
 from dist_gan import __main__ as program
 from dist_gan import cli, wording
-from dist_gan.checkpoint.reader import listed
+from dist_gan.checkpoint.reader import list_checkpoints
 from dist_gan.config.reader import load_config
 from dist_gan.config.rules import logged_scalars
 from dist_gan.models import build_networks, count_parameters, sizes
@@ -205,7 +205,7 @@ def test_a_run_may_keep_its_best_by_whatever_its_checkpoints_hold_and_by_nothing
     overrides = [*GAMES[game], "run.images=48", "log.samples=4", "runtime.threads=1", f"run.dir={tmp_path}"]
     config = load_config(EMBEDDED_RECIPE, [*overrides, "checkpoint.keep_best=-logits/real"])
     assert program.main([*overrides, "checkpoint.keep_best=-logits/real"]) == 0
-    (_, name), *_ = listed(str(tmp_path / "checkpoints"))
+    (_, name), *_ = list_checkpoints(str(tmp_path / "checkpoints"))
     scalars = json.loads((tmp_path / "checkpoints" / name / "manifest.json").read_text())["scalars"]
     assert set(scalars) == set(logged_scalars(config))
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])

@@ -23,7 +23,7 @@ class OptimizerSettings(Protocol):
 
     @property
     def lr(self) -> float | Ramp:
-        """Learning rate."""
+        """Learning rate of the optimizer: a number, or a ramp over the images seen."""
         ...
 
     @property
@@ -33,42 +33,42 @@ class OptimizerSettings(Protocol):
 
     @property
     def clip(self) -> float:
-        """Largest norm of the player's whole gradient; 0 for no clipping."""
+        """Largest norm of the network's gradient over all parameters; a longer one is scaled down. 0 turns it off."""
         ...
 
 
 class AdamSection(Section):
-    """Adam (Kingma and Ba 2015)."""
+    """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019)."""
 
     kind: Literal["adam", "adamw"] = "adam"
-    """Optimizer: `adamw` decouples weight decay (Loshchilov and Hutter 2019), `adam` adds it to the gradient."""
+    """Optimizer: `adam` adds weight decay to the gradient, `adamw` subtracts it from the weights directly."""
     lr: Knob = 2e-4
-    """Learning rate."""
+    """Learning rate of the optimizer: a number, or a ramp over the images seen."""
     beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.5
-    """Decay of the first moment."""
+    """Decay rate of Adam's first moment, the moving average of the gradient."""
     beta2: Decay = 0.999
-    """Decay of the second moment."""
+    """Decay rate of Adam's second moment, the moving average of the squared gradient."""
     eps: Annotated[Real, Field(gt=0)] = 1e-8
-    """Constant added to the denominator of the update, for numerical stability."""
+    """Constant that is added to the denominator of Adam's update, for numerical stability."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    """L2 on the weights."""
+    """Coefficient of weight decay (L2 regularisation) on all parameters; 0 turns it off."""
     clip: Annotated[Real, Field(ge=0)] = 0.0
-    """Largest norm of the player's whole gradient; 0 for no clipping."""
+    """Largest norm of the network's gradient over all parameters; a longer one is scaled down. 0 turns it off."""
 
 
 class SGDSection(Section):
-    """Stochastic gradient descent."""
+    """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
-    """Stochastic gradient descent with momentum as in torch."""
+    """Name of this optimizer: torch's stochastic gradient descent, `torch.optim.SGD`."""
     lr: Knob = 0.01
-    """Learning rate."""
+    """Learning rate of the optimizer: a number, or a ramp over the images seen."""
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
-    """Momentum factor."""
+    """Momentum factor of the optimizer; 0 turns momentum off."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    """L2 on the weights."""
+    """Coefficient of weight decay (L2 regularisation) on all parameters; 0 turns it off."""
     clip: Annotated[Real, Field(ge=0)] = 0.0
-    """Largest norm of the player's whole gradient; 0 for no clipping."""
+    """Largest norm of the network's gradient over all parameters; a longer one is scaled down. 0 turns it off."""
 
     @property
     def beta2(self) -> float:

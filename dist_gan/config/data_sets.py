@@ -40,36 +40,48 @@ class DataOrder(DataSection):
 
     makes: ClassVar[Made] = "images"
     holdout: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
-    """Share of the images held out from training, chosen by a hash of the key."""
+    """Fraction of the images held out from training. A hash of the image's key decides which images are held out."""
     flip: bool = False
-    """Mirror each image left to right with probability 1/2."""
+    """Whether each image is mirrored left to right with probability 1/2."""
     lanes: Annotated[Count, Field(ge=1, le=2**16)] = 64
-    """Number of logical readers that the sample order is divided among; at least one per process."""
+    """Number of parallel lanes that the order of images is cut into; a batch takes its images from all lanes in turn.
+
+    More lanes mix the images of a batch better. Every process needs at least one lane.
+    """
     block: Annotated[Count, Field(ge=1, le=2**16)] = 64
-    """Number of neighbouring images of a shard that are read in one request and shuffled together."""
+    """Number of neighbouring images of a shard that are read in one request and shuffled among each other."""
     balance: bool = False
-    """Draw every class equally often, however many images it has."""
+    """Whether every class is drawn equally often, however many images it has. False draws every image equally often."""
     prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
-    """Number of batches decoded ahead of training."""
+    """Number of batches that are decoded in advance, while the networks train."""
     workers: Annotated[Count, Field(ge=1, le=256)] = 2
-    """Number of decoding threads per process."""
+    """Number of threads per process that decode images."""
     memory: Annotated[Count, Field(ge=2**20, le=2**42)] = 2**29
-    """Limit for undecoded images per process, in bytes; if the lanes' blocks exceed it, images are read singly."""
+    """Memory limit, in bytes per process, for undecoded images.
+
+    If the blocks of all lanes do not fit into it, images are read one by one instead of in blocks.
+    """
     cache: Annotated[Count, Field(ge=0, le=2**42)] = 2**28
-    """Limit for decoded images per process, in bytes; a data set that fits is decoded once, else on every pass."""
+    """Memory limit, in bytes per process, for decoded images.
+
+    A data set that fits into it is decoded once and then kept; a larger one is decoded in every pass.
+    """
     bad_images: Literal["substitute", "fail"] = "substitute"
-    """Reaction to a damaged image: substitute the next sound one of its shard, or end the run."""
+    """Reaction to a damaged image: `substitute` uses the next sound image of the same shard, `fail` ends the run."""
     max_bad: Annotated[Real, Field(ge=0, le=1)] = 1e-3
-    """Share of damaged images that may be substituted before the run ends; one is always allowed."""
+    """Largest fraction of the images that may be damaged and substituted; with more, the run ends.
+
+    One damaged image is always allowed.
+    """
 
 
 class ShapesData(DataOrder):
-    """Images drawn by the program itself: 4 shapes in 3 colours, 32x32."""
+    """The embedded data set, which the program draws itself: images of 32x32 pixels with 4 shapes in 3 colours."""
 
     kind: Literal["shapes"] = "shapes"
-    """The embedded data set."""
+    """Name of this kind of data: images of shapes that the program draws itself."""
     count: Annotated[Count, Field(ge=12, le=10**6)] = 24_000
-    """Number of images drawn."""
+    """Number of images that the program draws."""
 
     @property
     def num_drawn(self) -> int:
@@ -86,23 +98,30 @@ class ShardsData(DataOrder):
     """WebDataset shards with a manifest, as written by `dist-gan pack` or `dist-gan index`."""
 
     kind: Literal["shards"] = "shards"
-    """Images from WebDataset shards."""
+    """Name of this kind of data: images from WebDataset shards."""
     url: Place
-    """Folder of the shards: a path, or a URL of an allowed scheme."""
+    """Folder that holds the shards and their manifest: a local path, or a URL such as s3://bucket/folder."""
     weight: Annotated[Count, Field(ge=1, le=10_000)] = 1
-    """Mixing weight of the shards at `url`, relative to those in `mix`."""
+    """Mixing weight of the folder `data.url`, relative to the weights of the folders in `data.mix`."""
     mix: Annotated[
         dict[Place, Annotated[Count, Field(ge=1, le=10_000)]],
         Field(default_factory=dict, max_length=10_000),
         BeforeValidator(each_folder_once),
     ]
-    """Further shard folders and their weights; of every (sum of all weights) images, each gives exactly its weight."""
+    """Further shard folders, each with an integer mixing weight; `data.weight` is the weight of `data.url`.
+
+    With `data.weight: 3` and one further folder of weight 1, every 4 consecutive images hold exactly 3 from `data.url`
+    and 1 from the further folder.
+    """
     patience_s: Annotated[Count, Field(ge=1, le=3600)] = 120
-    """Time limit, in seconds, for a store that does not answer; then the run ends."""
+    """Time, in seconds, for which requests to a store that does not answer are repeated before the run ends."""
     disk_cache: PlaceOrNone = ""
-    """Local folder that caches reads from the store, shared by all processes of a machine; empty for no cache."""
+    """Local folder that caches the data read from the store, for all processes of a machine and for later runs.
+
+    An empty text turns the cache off.
+    """
     disk_cache_bytes: Annotated[Count, Field(ge=2**20)] = 2**36
-    """Size limit of `disk_cache`, in bytes; the least recently used entries are deleted first."""
+    """Size limit of the folder `data.disk_cache`, in bytes. The least recently used entries are deleted first."""
 
     @property
     def sources(self) -> dict[str, int]:
@@ -115,13 +134,13 @@ class PointsData(DataSection):
 
     makes: ClassVar[Made] = "points"
     kind: Literal["points"] = "points"
-    """Points generated in memory, a function of seed, draw and slot."""
+    """Name of this kind of data: random points, computed in memory from the run's seed."""
     modes: Annotated[Count, Field(ge=1, le=10_000)] = 8
-    """Number of Gaussians on the circle."""
+    """Number of Gaussians, spaced evenly on a circle."""
     radius: Annotated[Real, Field(gt=0)] = 0.7
-    """Radius of the circle; points lie in [-1, 1]."""
+    """Radius of the circle on which the Gaussians lie; the circle is centred at 0."""
     sigma: Annotated[Real, Field(gt=0)] = 0.02
-    """Standard deviation of each Gaussian."""
+    """Standard deviation of each Gaussian, in both coordinates."""
 
     @property
     def num_classes(self) -> int:

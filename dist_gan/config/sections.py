@@ -45,104 +45,155 @@ __all__ = [
 
 
 class RunSection(Section):
-    """The run as a whole."""
+    """Folder, length, batch size and start of the run."""
 
     dir: Place = "runs/shapes"
-    """Folder of the run: configuration, logs, samples, checkpoints. The same folder again resumes."""
+    """Folder that the run writes its configuration, logs, samples and checkpoints into.
+
+    A second start with the same folder resumes the run.
+    """
     images: Annotated[Count, Field(gt=0)] = 240_000
-    """Length of the run: real images shown to the discriminator."""
+    """Length of the run: number of real images shown to the discriminator, repeated images included."""
     batch: Annotated[Count, Field(gt=0, le=2**20)] = 64
-    """Global batch size: images per discriminator update, summed over all processes and micro-batches."""
+    """Global batch size: number of real images per discriminator update, summed over all processes and micro-batches."""
     d_updates: Annotated[Count, Field(ge=1, le=1000)] = 1
-    """Discriminator updates for each generator update."""
+    """Number of discriminator updates before each generator update."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    """Random seed; every random number of the run is a function of it."""
+    """Random seed of the run; two runs with the same settings and the same seed draw the same random numbers."""
     resume: Place = "auto"
-    """Checkpoint to resume from: `auto` the newest in `dir`, `never` none (`dir` has to be empty), or a path."""
+    """Checkpoint to resume from: `auto`, `never`, or the path of a checkpoint.
+
+    `auto` takes the newest checkpoint in `run.dir`, or begins a new run if there is none. `never` begins a new run and
+    requires that `run.dir` is empty.
+    """
     init_from: Place | None = None
-    """Run folder, checkpoint or exported generator with initial weights of a new run, where names and shapes fit."""
+    """Run folder, checkpoint or exported generator that a new run takes its initial weights from.
+
+    Weights are taken where names and shapes agree. None begins with random weights.
+    """
     profile: bool = False
-    """Record steps 10 to 15 with torch's profiler into the TensorBoard folder."""
+    """Whether torch's profiler records steps 10 to 15 and writes them into the run's TensorBoard folder."""
 
 
 class EMASection(Section):
-    """Exponential moving average of the generator's weights; samples are drawn from it."""
+    """Exponential moving average of the generator's weights. Samples are drawn with the averaged weights."""
 
     half_life: Knob = 20_000.0
-    """Half-life of the average, in images: a past weight counts half after so many."""
+    """Half-life of the moving average, in images: the number of images after which a past weight counts half."""
     warmup: Annotated[Real, Field(ge=0)] = 0.05
-    """Upper limit of the half-life, as a share of the images seen so far; 0 for no limit (Karras et al. 2020)."""
+    """Upper limit of the half-life, as a fraction of the images seen so far (Karras et al. 2020); 0 sets no limit."""
 
 
 class RuntimeSection(Section):
-    """Device, precision and process settings; none of them changes what is learned beyond rounding."""
+    """Device, precision and processes of the run.
+
+    These settings change the learned weights by no more than rounding errors; networks whose layers compute statistics
+    over a batch depend on `runtime.micro_batch` and `runtime.sync_batchnorm`, too.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of each process: `auto` takes a GPU if there is one, the CPU otherwise."""
+    """Device of each process: `auto` selects a GPU if torch finds one, and the CPU otherwise."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Arithmetic: `auto` as mixed_precision in the launch file, bf16 autocast with fp32 penalties, fp64 for proofs."""
+    """Floating-point precision of training.
+
+    `auto` takes `mixed_precision` of the launch file. `bf16` uses autocast for forward passes and fp32 for gradient
+    penalties. `fp64` is slow and serves numerical comparisons.
+    """
     tf32: bool = False
-    """TF32 (10-bit mantissa) for fp32 products and convolutions on GPUs, penalties under bf16 too; off: full fp32."""
+    """Whether GPUs compute fp32 matrix products and convolutions in TF32, which is faster and has a 10-bit mantissa.
+
+    With `precision: bf16`, the setting applies to the gradient penalties, which are computed in fp32. False computes in
+    full fp32.
+    """
     micro_batch: Annotated[Count, Field(gt=0, le=2**20)] | None = None
-    """Micro-batch size for gradient accumulation, in images per process; None: its whole share of the batch."""
+    """Micro-batch size for gradient accumulation, in images per process.
+
+    None computes the share of each process in one pass, without accumulation.
+    """
     threads: Annotated[Count, Field(gt=0, le=1024)] | None = None
-    """CPU threads per process; None: the machine's cores divided by its processes."""
+    """Number of CPU threads per process. None divides the machine's cores by the number of its processes."""
     sync_batchnorm: bool = False
-    """Batch normalisation over all processes; off: per process, with averaged running statistics."""
+    """Whether batch normalisation computes its statistics over the images of all processes.
+
+    False computes them per process and averages the running statistics over processes after every update.
+    """
     compress: Literal["none", "bf16"] = "none"
-    """Gradient compression of DDP: `bf16` halves the bytes sent; replicas stay equal, rounding errors grow."""
+    """Compression of the gradients that DDP sends between GPUs.
+
+    `bf16` halves the bytes and rounds the gradients to 8 bits of mantissa; all replicas still receive equal gradients.
+    """
     compare_every: Annotated[Count, Field(gt=0)] | None = None
-    """Interval, in images, at which ranks compare their copies of networks and average; None: at checkpoints only."""
+    """Interval, in images, at which all ranks check that their copies of both networks and of the average are equal.
+
+    None checks at checkpoints only.
+    """
     deterministic: bool = False
-    """Use deterministic CUDA kernels only, so that resuming on GPUs is bitwise exact too."""
+    """Whether GPUs use deterministic CUDA kernels only, which makes a resumed run bitwise equal to an unbroken one."""
     stop_every: Annotated[Count, Field(gt=0)] = 1_000
-    """Interval, in images, at which ranks check for a stop signal (TERM, INT, HUP, USR1, USR2)."""
+    """Interval, in images, at which ranks check for a stop signal (TERM, INT, HUP, USR1 or USR2)."""
     start_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 1800
-    """Time limit, in seconds, without progress until the first step is done; then the missing rank is named."""
+    """Time limit, in seconds, for a rank without progress before the end of the first training step.
+
+    When the limit is exceeded, the run ends and the error message names the rank that hangs.
+    """
     step_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 300
-    """Time limit, in seconds, without progress after the first step; then the missing rank is named."""
+    """Time limit, in seconds, for a rank without progress after the first training step.
+
+    When the limit is exceeded, the run ends and the error message names the rank that hangs.
+    """
 
 
 class LogSection(Section):
-    """Scalars and sample grids; intervals are in images."""
+    """Intervals at which scalars and sample grids are logged."""
 
     every: Annotated[Count, Field(gt=0)] = 4_000
-    """Interval, in images, between logged lines of scalars."""
+    """Interval, in images, at which losses and other scalars are logged."""
     samples_every: Annotated[Count, Field(gt=0)] = 20_000
-    """Interval, in images, between sample grids."""
+    """Interval, in images, at which a grid of generated samples is saved."""
     samples: Annotated[Count, Field(ge=1, le=1024)] = 64
-    """Number of samples per grid."""
+    """Number of generated samples in each grid."""
 
 
 class CheckpointSection(Section):
-    """Frequency and retention of checkpoints; intervals are in images."""
+    """Frequency and retention of checkpoints."""
 
     every: Annotated[Count, Field(gt=0)] = 40_000
-    """Interval, in images, between checkpoints; the last one is always written."""
+    """Interval, in images, at which a checkpoint is saved. The end of the run saves one, too."""
     keep: Annotated[Count, Field(ge=2, le=10**6)] = 3
-    """Number of newest checkpoints kept; the newest healthy one is kept in addition."""
-    keep_every: Annotated[Count, Field(gt=0)] | None = None
-    """Interval, in images, between checkpoints that are never deleted; None for no such checkpoints."""
-    keep_best: Annotated[str, Field(min_length=1)] | None = None
-    """Logged scalar whose lowest value marks a checkpoint to keep in addition; with `-` before the name, the highest.
+    """Number of newest checkpoints that are kept.
 
-    Names: loss/discriminator, loss/generator, logits/real, logits/fake, logits/generated, and others of metrics.jsonl.
+    The newest healthy checkpoint is kept in addition. A checkpoint is healthy if no update was skipped between it and
+    the next checkpoint.
+    """
+    keep_every: Annotated[Count, Field(gt=0)] | None = None
+    """Interval, in images, between checkpoints that are never deleted. None turns this off."""
+    keep_best: Annotated[str, Field(min_length=1)] | None = None
+    """Name of a logged scalar; the checkpoint with the lowest value of this scalar is kept in addition.
+
+    A `-` before the name keeps the checkpoint with the highest value instead. None keeps no such checkpoint. Names are
+    loss/discriminator, loss/generator, logits/real, logits/fake, logits/generated, and others in metrics.jsonl.
     """
     wait_s: Annotated[Count, Field(ge=1, le=10**6)] = 600
-    """Time limit, in seconds, for a checkpoint still being written when the run ends or saves the next one."""
+    """Time limit, in seconds, for waiting until the previous checkpoint is written.
+
+    The run waits before it saves the next checkpoint and at its end. When the limit is exceeded, the run fails.
+    """
 
 
 class RecoverySection(Section):
     """Limits for skipped updates, rollbacks and restarts after failures."""
 
     max_nonfinite: Annotated[Count, Field(ge=1, le=10**6)] = 20
-    """Number of skipped updates (non-finite gradient) of one network within `window` that causes a rollback."""
+    """Number of skipped updates of one network, within the last `recovery.window` updates, that causes a rollback.
+
+    An update is skipped if its gradient is not finite.
+    """
     window: Annotated[Count, Field(ge=1, le=10**6)] = 100
     """Length, in updates of one network, of the sliding window in which skipped updates are counted."""
     rollbacks: Annotated[Count, Field(ge=0, le=10**6)] = 2
-    """Number of rollbacks to the newest healthy checkpoint before the run ends with exit code 3."""
+    """Largest number of rollbacks to the newest healthy checkpoint; the next one ends the run with exit code 3."""
     max_restarts: Annotated[Count, Field(ge=2, le=10**6)] = 5
-    """Number of starts at the same image count, without a new checkpoint, after which the run ends with exit code 3."""
+    """Number of starts from the same image count, without a new checkpoint, after which the run ends with exit code 3."""
 
 
 Data = Annotated[DataSection, Choice(DATA_SETS, default="shapes")]

@@ -20,14 +20,17 @@ from dist_gan.models.family import Family, PictureNetworks
 
 
 class ArticleNetworks(PictureNetworks):
-    """Networks of the article that the project grew out of: dense layers, then transposed convolutions."""
+    """Networks of an article on how GANs fail: dense layers and transposed convolutions in the generator."""
 
     kind: Literal["article"] = "article"
-    """Networks of the article: literally at 32x32, with one more stride-2 stage at 64x64."""
+    """Name of this family of networks: the article's networks as printed, which make images of 32x32 pixels.
+
+    At 64x64 pixels, the generator has one additional stage of stride 2.
+    """
     resolution: Literal[32, 64] = 32
-    """Pixels a side."""
+    """Width and height of the images, in pixels."""
     dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.3
-    """Dropout in the discriminator."""
+    """Dropout probability in the discriminator; 0 turns dropout off."""
 
 
 def _batch_norm(channels: int, *, pictures: bool) -> nn.Module:

@@ -34,26 +34,42 @@ MAPPING_WIDTH = 128
 
 
 class DCGANNetworks(PictureNetworks):
-    """DCGAN (Radford et al. 2016) for sides of 2^n."""
+    """DCGAN (Radford et al. 2016) for square images of 16 to 256 pixels a side."""
 
     kind: Literal["dcgan"] = "dcgan"
-    """Strided convolutions in both networks."""
+    """Name of this family of networks: DCGAN, with strided convolutions in both networks."""
     resolution: Literal[16, 32, 64, 128, 256] = 32
-    """Pixels a side."""
+    """Width and height of the images, in pixels."""
     g_width: Annotated[Count, Field(ge=1, le=4096)] = 64
-    """Channels of the generator's largest feature map; doubled for each halving of the side, up to 8 times."""
+    """Number of channels of the generator's feature map with the highest resolution.
+
+    The number doubles with each halving of the resolution, up to 8 times this value.
+    """
     d_width: Annotated[Count, Field(ge=1, le=4096)] = 64
-    """Channels of the discriminator's first layer; doubled for each halving of the side, up to 8 times."""
+    """Number of channels of the discriminator's first layer.
+
+    The number doubles with each halving of the resolution, up to 8 times this value.
+    """
     g_norm: Literal["batch", "none"] = "batch"
-    """Normalisation in the generator."""
+    """Normalisation layers in the generator: `batch` for batch normalisation, `none` for none."""
     d_norm: Literal["batch", "none", "spectral"] = "batch"
-    """Normalisation of activations or weights in the discriminator; gradient penalties are not defined for `batch`."""
+    """Normalisation in the discriminator: `batch` normalises activations, `spectral` normalises weights.
+
+    With `batch`, gradient penalties are refused, because they need a logit that depends on one image alone.
+    """
     g_mapping: Annotated[Count, Field(ge=0, le=8)] = 0
-    """Number of dense layers of 128 units before the first stage; they let the latent split into modes."""
+    """Number of dense layers, of 128 units each, that transform the latent before the generator's first convolution.
+
+    They form a mapping network as in StyleGAN, with which a generator separates the modes of the data more easily. 0
+    omits it.
+    """
     g_smooth: bool = False
-    """Bilinear initialisation of the generator's upsampling stages: first samples are smooth instead of white noise."""
+    """Whether the generator's upsampling layers are initialised as bilinear interpolation.
+
+    The samples of the untrained generator are then smooth instead of white noise.
+    """
     d_stddev: Annotated[Count, Field(ge=0, le=2**20)] = 0
-    """Group size, in images, of the discriminator's minibatch standard deviation; 0 turns it off."""
+    """Group size, in images, of the minibatch standard deviation layer in the discriminator; 0 omits the layer."""
 
 
 def _widths(width: int, *, resolution: int) -> list[int]:

@@ -40,13 +40,13 @@ class PictureNetworks(Section):
 
     kind: str
     resolution: int
-    """Pixels a side."""
+    """Width and height of the images, in pixels."""
     channels: Literal[1, 3] = 3
-    """1 grey, 3 colour."""
+    """Number of colour channels of the images: 1 for grey images, 3 for RGB images."""
     classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
-    """Classes to condition on; 0 for none."""
+    """Number of classes of class-conditional networks; 0 makes the networks unconditional."""
     latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 100
-    """Numbers in a latent."""
+    """Length of the latent vector that the generator receives."""
 
 
 class Mixture(NamedTuple):

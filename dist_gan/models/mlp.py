@@ -13,18 +13,18 @@ from dist_gan.models.family import Family
 
 
 class MLPNetworks(Section):
-    """Two perceptrons for points in the plane."""
+    """Two multilayer perceptrons, for data that are points in the plane."""
 
     kind: Literal["mlp"] = "mlp"
-    """Dense layers with LeakyReLU."""
+    """Name of this family of networks: dense layers with LeakyReLU, for points in the plane."""
     classes: Annotated[Count, Field(ge=0, le=100_000)] = 0
-    """Classes to condition on; 0 for none."""
+    """Number of classes of class-conditional networks; 0 makes the networks unconditional."""
     latent_dim: Annotated[Count, Field(ge=1, le=2**16)] = 16
-    """Numbers in a latent."""
+    """Length of the latent vector that the generator receives."""
     width: Annotated[Count, Field(ge=1, le=2**16)] = 128
-    """Units per hidden layer."""
+    """Number of units in each hidden layer of both networks."""
     depth: Annotated[Count, Field(ge=1, le=256)] = 3
-    """Number of hidden layers."""
+    """Number of hidden layers of each network."""
 
 
 def _hidden(in_dim: int, *, width: int, depth: int) -> nn.Sequential:

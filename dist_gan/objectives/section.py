@@ -16,23 +16,46 @@ else:
 
 
 class ObjectiveSection(Section):
-    """Losses of generator and discriminator, and regularisation of the discriminator."""
+    """Losses of both networks, and regularisation of the discriminator."""
 
     kind: LossKind = "relativistic"
-    """Loss function of both networks; formulae and sources in dist_gan/objectives/losses.py."""
+    """Loss function of generator and discriminator. Formulae and sources are in dist_gan/objectives/losses.py."""
     r1_gamma: Knob = 0.0
-    """R1: gamma / 2 times the mean squared gradient at real images (Mescheder et al. 2018)."""
+    """Weight gamma of the R1 penalty (Mescheder et al. 2018); 0 turns it off.
+
+    R1 is gamma / 2 times the mean squared norm of the discriminator's gradient at real images.
+    """
     r2_gamma: Knob = 0.0
-    """R2: gamma / 2 times the mean squared gradient at generated images (Mescheder et al. 2018)."""
+    """Weight gamma of the R2 penalty (Mescheder et al. 2018); 0 turns it off.
+
+    R2 is gamma / 2 times the mean squared norm of the discriminator's gradient at generated images.
+    """
     gradient_penalty: Knob = 0.0
-    """WGAN-GP: lambda times (gradient norm - 1)^2 between real and generated images (Gulrajani et al. 2017)."""
+    """Weight lambda of the WGAN-GP gradient penalty (Gulrajani et al. 2017); 0 turns it off.
+
+    The penalty is lambda times the mean of (norm of the discriminator's gradient - 1)^2 at random interpolations of
+    real and generated images.
+    """
     penalty_every: Annotated[Count, Field(ge=1, le=10**6)] = 1
-    """Interval k, in discriminator updates, at which penalties are applied, k times as strong (lazy regularisation)."""
+    """Interval k, in discriminator updates, at which R1, R2 and WGAN-GP penalties are applied with k times their weight.
+
+    This is lazy regularisation (Karras et al. 2020). 1 applies the penalties at every update.
+    """
     instance_noise: Knob = 0.0
-    """Standard deviation of the Gaussian noise added to every input of the discriminator."""
+    """Standard deviation of the Gaussian noise that is added to all images that the discriminator receives; 0 adds none."""
     label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
-    """One-sided label smoothing: the target of real images is 1 minus this value (minimax and nonsaturating)."""
+    """Strength of one-sided label smoothing: the discriminator's target for real images is 1 minus this value.
+
+    The losses `minimax` and `nonsaturating` have such targets; other losses require 0, which turns smoothing off.
+    """
     lecam: Annotated[Real, Field(ge=0)] = 0.0
-    """Weight of LeCam: pulls the logits towards their running means, against overfitting (Tseng et al. 2021)."""
+    """Weight of the LeCam regularisation (Tseng et al. 2021), which reduces overfitting to small data sets; 0 turns it off.
+
+    LeCam penalises the squared distance of logits of real images from the running mean of logits of generated images,
+    and the reverse.
+    """
     shared_batch: bool = False
-    """Reuse the discriminator's last batch and latents in the generator update, as the article does."""
+    """Whether the generator update reuses the real images and latents of the last discriminator update.
+
+    False draws new images and latents for the generator update.
+    """

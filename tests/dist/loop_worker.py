@@ -11,14 +11,27 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from dist_gan.build import build
 from dist_gan.data import PointStream
+from dist_gan.metrics import Metric, Samples
 from dist_gan.runtime import LaunchSettings, Runtime, StopRequest
 from dist_gan.trainer import fit
 from dist_gan.types import Batch
 from tests.games import points_config
 
 ASKED_AT_DRAW = 11
+
+
+def ordered(samples: Samples) -> dict[str, float]:
+    """A sum over seven samples, which no two ranks share equally, and one in which their order counts."""
+    rows = torch.cat(list(samples.generated(7)))
+    weighted = torch.arange(7)[:, None] * samples.gather(rows, count=7)
+    return {"sum": float(samples.sum(rows.sum())), "weighted": float(weighted.sum())}
+
+
+ORDERED = Metric("ordered", 40, ordered)
 
 
 def main(folder: Path, overrides: list[str]) -> None:
@@ -33,7 +46,7 @@ def main(folder: Path, overrides: list[str]) -> None:
         return batch
 
     PointStream.next = asking  # type: ignore[method-assign]
-    run = build(config, runtime, stop, attempt=1)
+    run = build(config, runtime, stop, attempt=1, metrics=[ORDERED])
     stop.training_begins()
     end = fit(run)
     run.close()

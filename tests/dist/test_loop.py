@@ -9,6 +9,7 @@ import pytest
 
 from dist_gan.checkpoint import reader
 from tests.conftest import ROOT, launch
+from tests.dist.loop_worker import ORDERED
 from tests.games import lines, trained
 
 GAME = (
@@ -30,10 +31,11 @@ def test_a_request_on_any_rank_stops_all_at_one_step_and_what_is_logged_is_that_
     assert done.stderr.count("112/480 images") + done.stderr.count("80/480 images") == 1, "one rank says how it goes"
     assert done.stderr.count("asked to stop") == 1
     metrics = lines(run / "metrics.jsonl")
-    assert [tick["images"] for tick in metrics] == [40, 80]
+    assert [tick["images"] for tick in metrics] == [40, 40, 80, 80], "a line of the losses, and one of the metric"
+    assert {"metric/sum", "metric/weighted"} <= metrics[-1].keys()
     assert [event["event"] for event in lines(run / "events.jsonl")] == ["start", *["checkpoint"] * 3, "preempted"]
 
-    trained(alone, *GAME, "run.images=112")
+    trained(alone, *GAME, "run.images=112", metrics=[ORDERED])
     for ours, expected in zip(metrics, lines(alone / "metrics.jsonl"), strict=False):
         learned = {name for name in expected if not name.startswith("time/")}
         assert ours.keys() == expected.keys()

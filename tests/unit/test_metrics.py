@@ -145,6 +145,18 @@ def test_a_metric_that_returns_no_numbers_by_name_is_refused(found: Any, tmp_pat
         measure(Metric("odd", 1, lambda samples: found), run.samples())
 
 
+@pytest.mark.parametrize("theirs", [{"share": 2.0}, {"other": 1.0}, {"share": float("nan")}], ids=str)
+def test_a_metric_with_other_values_on_another_rank_is_refused(theirs: dict[str, float], tmp_path: Path) -> None:
+    with started(tmp_path, *GAME) as run:
+        group = run.game.runtime.control_group
+        group.gather_json = lambda value: [value, theirs]  # type: ignore[method-assign]
+        with pytest.raises(UserError, match="'share' has other values on rank 1 .* combine the ranks' shares"):
+            measure(Metric("share", 1, lambda samples: {"share": 1.0}), run.samples())
+        theirs.clear()
+        theirs["share"] = 1.0 + 1e-6
+        assert measure(Metric("share", 1, lambda samples: {"share": 1.0}), run.samples()) == {"share": 1.0}
+
+
 def test_two_metrics_with_a_value_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'other' returns metric/noise, as another metric does"):
         trained(tmp_path, *GAME, metrics=[SPREAD, SPREAD._replace(name="other")])

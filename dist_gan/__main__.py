@@ -18,6 +18,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_gan.own_parts import OwnParts
 
 
 def start(arguments: Sequence[str]) -> int:
@@ -37,19 +41,24 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Reads the command line, and trains or shows what would be trained; returns the exit code."""
+def main(arguments: Sequence[str], *, own: OwnParts | None = None) -> int:
+    """Reads the command line, and trains or shows what would be trained; returns the exit code.
+
+    Args:
+        arguments: the command line without the program's name.
+        own: parts of the user's own script; None without any.
+    """
     from dist_gan.wording import last_resort, print_anything, report
 
     print_anything()
     try:
-        return _main(arguments)
+        return _main(arguments, own)
     except Exception as error:
         print(report(f"dist_gan: {last_resort(error)}"), file=sys.stderr, flush=True)
         return 1
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _main(arguments: Sequence[str], own: OwnParts | None) -> int:
     from dist_gan.config.reader import run_dir_of
     from dist_gan.mistakes import UserError
     from dist_gan.process.start import describe, place_in_launch, settings
@@ -75,7 +84,9 @@ def _main(arguments: Sequence[str]) -> int:
                 f"{' '.join(unknown or files[1:])}: not understood; give one YAML file, settings as section.key=value, "
                 f"--dry-run or --help"
             )
-        config = settings(files[0] if files else EMBEDDED_RECIPE, overrides, place=place, is_rehearsal=is_rehearsal)
+        config = settings(
+            files[0] if files else EMBEDDED_RECIPE, overrides, place=place, is_rehearsal=is_rehearsal, own=own
+        )
     except UserError as error:
         # The default folder was not named by the user, and a rehearsal writes nothing.
         named = None if is_rehearsal else run_dir_of(files[0] if files else None, overrides)
@@ -83,12 +94,13 @@ def _main(arguments: Sequence[str]) -> int:
 
         return refuse_start(error, named)
     if is_rehearsal:
-        for line in describe(config, world_size=place.world_size).splitlines():
+        for line in describe(config, world_size=place.world_size, own=own).splitlines():
             print(safe(line))
         return 0
+    from dist_gan.own_parts import NO_PARTS
     from dist_gan.process.life import run
 
-    return run(config)
+    return run(config, own=own or NO_PARTS)
 
 
 def help_text() -> str:

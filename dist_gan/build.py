@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from dist_gan.health.recovery import Recovery
 from dist_gan.metrics import Metric, Samples
 from dist_gan.metrics.modes import mode_count
 from dist_gan.models import build_networks, picture_networks
-from dist_gan.objectives import AdversarialObjective, Objective
+from dist_gan.objectives import AdversarialObjective
+from dist_gan.own_parts import NO_PARTS, ObjectiveBuilder, OwnParts
 from dist_gan.report import Report
 from dist_gan.resume import resume
 from dist_gan.run_data import data_sources
@@ -30,9 +31,6 @@ from dist_gan.state import Progress, TrainState
 from dist_gan.step import Game, Rules
 from dist_gan.tracker import Tracker
 from dist_gan.types import Networks
-
-NetworksBuilder = Callable[..., Networks]
-"""Builder of both networks, called as `build_networks(section, seed=seed)`."""
 
 
 class Run(NamedTuple):
@@ -72,10 +70,7 @@ def build(
     stop: StopRequest,
     *,
     attempt: int,
-    networks: NetworksBuilder = build_networks,
-    objective: Objective | None = None,
-    stages: Sequence[Stage] = (),
-    metrics: Sequence[Metric] = (),
+    own: OwnParts = NO_PARTS,
     measures: Sequence[Metric] = (),
     detectors: Sequence[Detector] = (),
 ) -> Run:
@@ -86,10 +81,7 @@ def build(
         runtime: this process and its process groups.
         stop: request to stop, which a signal sets.
         attempt: number of this start of the run.
-        networks: builder of both networks; by default the family that the settings name.
-        objective: losses of both players; by default those of the settings.
-        stages: user-defined steps between decoding and batching.
-        metrics: metrics of the averaged generator, besides those of the data set.
+        own: parts of the user's own script.
         measures: measures of the run's health.
         detectors: judges of the logged scalars; a verdict rolls the run back.
 
@@ -97,12 +89,14 @@ def build(
         UserError: data, checkpoint and configuration do not belong together.
     """
     draws = Draws(config.run.seed, device=runtime.device, dtype=runtime.dtype)
-    pair = networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0))
+    pair = build_networks(config.networks, seed=draws.seed_for("weights", draw=0, rank=0), own=own.networks)
     sources = _sources(config)
-    stream = _stream(config, runtime, draws, sources, stages)
-    game = new_game(config, runtime, pair, stream, draws, objective=objective)
+    stream = _stream(config, runtime, draws, sources, own.stages)
+    game = new_game(config, runtime, pair, stream, draws, objective=own.objective)
     state = game.state
     folder = Path(config.run.dir)
+    found = own.script()
+    script = None if found is None else found._asdict()
     checkpointer = Checkpointer(
         storage.join(config.run.dir, "checkpoints"),
         runtime=runtime,
@@ -114,10 +108,11 @@ def build(
             "config": to_yaml(config),
             "gradient_layout": {player.name: player.layout for player in (state.generator, state.discriminator)},
             "classes": _class_names(config, sources),
-        },
+        }
+        | ({} if script is None else {"script": script}),
         logs=[folder / name for name in LOGS],
     )
-    resumed = resume(config, checkpointer, state)
+    resumed = resume(config, checkpointer, state, script=script)
     images, limit = state.progress.images, config.recovery.max_restarts
     runtime.control_group.agree(
         note_start(folder, attempt=attempt, images=images, limit=limit) if runtime.is_main else None
@@ -135,7 +130,7 @@ def build(
     saving = Saving(checkpointer, runtime, state, report)
     if resumed.finished_rollback:
         saving.commit_rollback()
-    every_metric = (*_metrics_of_data(config), *metrics)
+    every_metric = (*_metrics_of_data(config), *own.metrics)
     return Run(config, game, saving, report, stop, every_metric, tuple(measures), tuple(detectors))
 
 
@@ -146,13 +141,13 @@ def new_game(
     stream: Stream,
     draws: Draws,
     *,
-    objective: Objective | None = None,
+    objective: ObjectiveBuilder = AdversarialObjective,
 ) -> Game:
     """The parts of a training step, as they are before the first image; the players own the networks afterwards."""
     # Before the players: ZeRO's third stage takes the networks apart.
     ema = GeneratorEMA(networks.generator, device=runtime.device, dtype=runtime.dtype)
     generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
-    objective = objective or AdversarialObjective(
+    losses = objective(
         config.objective, latent_dim=config.networks.latent_dim, penalties_apart=runtime.precision == "bf16"
     )
     rules = Rules(
@@ -160,11 +155,11 @@ def new_game(
         d_updates=config.run.d_updates,
         micro_batch=config.runtime.micro_batch,
         penalty_every=config.objective.penalty_every,
-        fresh_batch_for_g=objective.needs_real_in_g_turn and not config.objective.shared_batch,
+        fresh_batch_for_g=losses.needs_real_in_g_turn and not config.objective.shared_batch,
     )
-    memory = objective.initial_memory(runtime.device, runtime.dtype)
+    memory = losses.initial_memory(runtime.device, runtime.dtype)
     state = TrainState(generator, discriminator, ema, memory, stream, Progress(), Recovery(config.recovery))
-    return Game(runtime, state, objective, draws, rules)
+    return Game(runtime, state, losses, draws, rules)
 
 
 def _metrics_of_data(config: RunConfig) -> tuple[Metric, ...]:

@@ -231,7 +231,7 @@ def _export(options: argparse.Namespace) -> int:
     from dist_gan.export import export_generator
 
     storage.check_url(options.url, place="URL")
-    _note(export_generator(options.url, options.dest).notes)
+    _note(export_generator(options.url, options.dest))
     _show(f"{options.dest}: dist_gan.load_generator({options.dest!r}) gives the generator")
     return 0
 

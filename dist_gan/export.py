@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -22,15 +22,34 @@ from dist_gan.checkpoint import reader, tensorfile
 from dist_gan.checkpoint.reader import ABANDONED, COMMIT, SearchResult
 from dist_gan.config import NetworksSection
 from dist_gan.config.reader import read_written
-from dist_gan.models import build_generator
+from dist_gan.models import build_generator, build_networks
 from dist_gan.models.family import NetworkSettings
+from dist_gan.models.own import OwnBuilder, OwnNetworks, described
 from dist_gan.records import Record
 from dist_gan.types import TensorFacts, UserError, check_table
+from dist_gan.wording import shown
 
 FORMAT, VERSION = "dist_gan.generator", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FILE_NAME = re.compile(r"[^.].*\.(?!v\d+$)([A-Za-z][A-Za-z0-9]{0,11}|7z|3gp)")
 """Pattern of a file name with an extension; does not match `run-0.5` or `generator.v2`."""
+
+
+class AveragedWeights(NamedTuple):
+    """Weights and buffers of an averaged generator on the CPU, by name, with facts about it."""
+
+    tensors: Mapping[str, Tensor]
+    module: nn.Module | None
+    """The generator without these weights; None for networks of a user's own script that was not at hand."""
+    section: NetworkSettings
+    images: int
+    """Number of images that its run had seen."""
+    class_names: tuple[str, ...] | None
+    """Name of each class; None if there are no classes, or if the names were not recorded."""
+    script: Any
+    """Record of the user's script that parts of the run were from; None for a run of built-in parts alone."""
+    notes: tuple[str, ...]
+    """Sentences for the user, about damaged checkpoints that were skipped and unknown settings."""
 
 
 class Averaged(NamedTuple):
@@ -69,15 +88,47 @@ def newest_checkpoint(url: str) -> SearchResult:
     return SearchResult(found.url, tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged))
 
 
-def open_generator(url: str) -> Averaged:
+def open_generator(url: str, *, build: OwnBuilder | None = None) -> Averaged:
     """The averaged generator of a run folder, a checkpoint or an exported generator.
+
+    Args:
+        url: the folder.
+        build: the function that built the networks of a user's own script.
+
+    Raises:
+        UserError: there is no generator, or it is damaged, or its networks are a user's own and `build` is missing.
+        TrainingFailed: the store does not answer.
+    """
+    return _filled(read_weights(url, build=build), url)
+
+
+def _filled(found: AveragedWeights, url: str) -> Averaged:
+    """The generator with its weights. Raises UserError for networks of a user's own script that is not at hand."""
+    if found.module is None:
+        names = found.script.get("parts") if isinstance(found.script, dict) else None
+        built = names.get("networks") if isinstance(names, dict) else None
+        raise UserError(
+            f"{storage.redact(url)}: its networks were built by {shown(built or 'a function')} in {described(found.script)}; "
+            f"export it with `dist-gan export`, and open that in Python with dist_gan.load_generator(folder, build=function)"
+        )
+    found.module.load_state_dict(found.tensors)
+    found.module.eval().requires_grad_(False)
+    return Averaged(found.module, found.section, found.images, found.class_names, found.notes)
+
+
+def read_weights(url: str, *, build: OwnBuilder | None = None) -> AveragedWeights:
+    """Weights of an averaged generator, compared with the networks in names and shapes where these can be built.
+
+    Args:
+        url: a run folder, a checkpoint or an exported generator.
+        build: the function that built the networks of a user's own script.
 
     Raises:
         UserError: there is no generator, or it is damaged.
         TrainingFailed: the store does not answer.
     """
     if records.names_in(url, (CONFIG,)):
-        return _exported(url)
+        return _exported(url, build)
     found = newest_checkpoint(url)
     place = str(found.url)
     manifest = reader.read_manifest(place)
@@ -86,15 +137,26 @@ def open_generator(url: str) -> Averaged:
         raise UserError(f"{where} are missing; take another checkpoint")
     config, unknown = read_written(manifest["config"], place=where, needed="networks")
     class_names = _fitting(manifest.get("classes"), config.networks)
-    module = _room(config.networks, reader.announced(manifest, prefix="ema/"), place=place)
+    module = _room(config.networks, reader.announced(manifest, prefix="ema/"), place=place, build=build)
     _, tensors = reader.read(place, prefix="ema/")
-    _fill(module, {name.removeprefix("ema/"): tensor for name, tensor in tensors.items()})
     notes = [f"{where}: this version does not know {name}" for name in unknown if name.startswith("networks.")]
-    return Averaged(module, config.networks, manifest["images"], class_names, (*found.damaged, *notes))
+    return AveragedWeights(
+        {name.removeprefix("ema/"): tensor for name, tensor in tensors.items()},
+        module,
+        config.networks,
+        manifest["images"],
+        class_names,
+        manifest.get("script"),
+        (*found.damaged, *notes),
+    )
 
 
-def export_generator(url: str, dest: str) -> Averaged:
-    """Writes the averaged generator of a run folder or checkpoint into a new folder, and returns it.
+def export_generator(url: str, dest: str) -> tuple[str, ...]:
+    """Writes the averaged generator of a run folder or checkpoint into a new folder; returns notes for the user.
+
+    Args:
+        url: the run folder or checkpoint.
+        dest: the new folder.
 
     Raises:
         UserError: there is no checkpoint, or the destination already holds files or has the name of a file.
@@ -107,34 +169,41 @@ def export_generator(url: str, dest: str) -> Averaged:
         raise UserError(f"{storage.redact(dest)}: cannot be written: {storage.why(error)}") from error
     if not is_new:
         raise UserError(f"{storage.redact(dest)}: is not empty; give a new folder")
-    found = open_generator(url)
+    found = read_weights(url)
     try:
         storage.make_folder(dest)
     except OSError as error:
         raise UserError(f"{storage.redact(dest)}: cannot be written: {storage.why(error)}") from error
-    storage.publish(storage.join(dest, WEIGHTS), tensorfile.to_bytes(dict(found.module.state_dict())))
-    facts = {
+    storage.publish(storage.join(dest, WEIGHTS), tensorfile.to_bytes(dict(found.tensors)))
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "images": found.images,
         "networks": found.section.model_dump(mode="json"),
         "classes": found.class_names,
     }
+    if found.script is not None:
+        facts["script"] = found.script
     storage.publish(storage.join(dest, CONFIG), (json.dumps(facts, indent=1) + "\n").encode())
-    return found
+    return found.notes
 
 
-def load_generator(url: str) -> nn.Module:
+def load_generator(url: str, *, build: OwnBuilder | None = None) -> nn.Module:
     """An exported generator, in evaluation mode, on the CPU: `generator(latents_BZ, labels_B) -> images_BCHW`.
 
     The attribute `latent_dim` is the length of a latent of standard normal numbers; labels are needed only if the
     generator was trained with classes.
 
+    Args:
+        url: the folder.
+        build: the function that built the networks of a user's own script, as handed to `dist_gan.train`. It is called
+            with the settings in the folder, and allocates what they ask for.
+
     Raises:
         UserError: the folder holds no exported generator, or its files are damaged.
         TrainingFailed: the store does not answer.
     """
-    found = _exported(url)
+    found = _filled(_exported(url, build), url)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
     return found.module
@@ -152,7 +221,7 @@ def refuse_file_name(dest: str, *, offered: str) -> None:
         )
 
 
-def _exported(url: str) -> Averaged:
+def _exported(url: str, build: OwnBuilder | None) -> AveragedWeights:
     place, file = storage.redact(url), storage.join(url, WEIGHTS)
     remedy = "; export the generator again"
     try:
@@ -172,14 +241,15 @@ def _exported(url: str) -> Averaged:
         size = records.size(file)
         head = records.read(file, 0, tensorfile.header_bytes(records.read(file, 0, 8), size=size, name=WEIGHTS))
         announced = {name: entry.facts for name, entry in tensorfile.read_header(head, size=size, name=WEIGHTS).items()}
-        module = _room(section, announced, place=url)
-        _fill(module, tensorfile.from_bytes(records.read(file, limit=size), name=WEIGHTS))
+        module = _room(section, announced, place=url, build=build)
+        tensors = tensorfile.from_bytes(records.read(file, limit=size), name=WEIGHTS)
     except UserError:
         raise
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{place}: the weights cannot be read ({error}){remedy}") from error
     images = facts.whole("images") if "images" in facts else 0
-    return Averaged(module, section, images, _fitting(names, section), notes)
+    script = facts.values.get("script")
+    return AveragedWeights(tensors, module, section, images, _fitting(names, section), script, notes)
 
 
 def _section_in(facts: Record, *, place: str) -> tuple[NetworkSettings, tuple[str, ...]]:
@@ -206,33 +276,40 @@ def _fitting(names: list[str] | None, section: NetworkSettings) -> tuple[str, ..
     return tuple(names) if names is not None and len(names) == section.classes else None
 
 
-def _room(section: NetworkSettings, announced: Mapping[str, TensorFacts], *, place: str) -> nn.Module:
-    """A generator with uninitialised weights, allocated after its shapes have been compared with those of the file.
+def _room(
+    section: NetworkSettings, announced: Mapping[str, TensorFacts], *, place: str, build: OwnBuilder | None
+) -> nn.Module | None:
+    """A generator for the weights of a file, whose shapes have been compared with those of the file.
+
+    Built-in families are allocated afterwards, and their weights are not initialised. A user's own function is called
+    as in training, since it may make tensors that no file holds; without it, the result is None.
 
     Raises:
         UserError: names or shapes differ.
     """
+    if isinstance(section, OwnNetworks) and build is None:
+        return None
     problem: Exception | None = None
     try:
         if getattr(section, "depth", 0) > len(announced):  # building a layer takes time even without memory
             raise ValueError(
                 f"{section.kind} of depth {getattr(section, 'depth', 0):,} has more tensors than are there"
             )
-        with torch.device("meta"):
-            module = build_generator(section)
+        if isinstance(section, OwnNetworks):
+            module = build_networks(section, seed=0, own=build).generator
+        else:
+            with torch.device("meta"):
+                module = build_generator(section)
         check_table(
             "the generator",
             announced,
             {n: TensorFacts(tuple(t.shape), t.dtype) for n, t in module.state_dict().items()},
         )
         dtype = next((facts.dtype for facts in announced.values() if facts.dtype.is_floating_point), torch.float32)
-        return module.to(dtype).to_empty(device="cpu")
+        return module.to(dtype) if isinstance(section, OwnNetworks) else module.to(dtype).to_empty(device="cpu")
+    except UserError:
+        raise
     except (ValueError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
         problem = error
     text = " ".join(str(problem).split())[:300]
     raise UserError(f"{storage.redact(place)}: the weights do not fit the networks ({text})") from problem
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    module.load_state_dict(tensors)
-    module.eval().requires_grad_(False)

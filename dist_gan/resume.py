@@ -14,7 +14,8 @@ from dist_gan.checkpoint.reader import SearchResult
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import read_written
-from dist_gan.export import CONFIG, newest_checkpoint, open_generator
+from dist_gan.export import CONFIG, newest_checkpoint, read_weights
+from dist_gan.models.own import described
 from dist_gan.state import MAY_BEGIN_ANEW, TrainState
 from dist_gan.types import TrainingFailed, UserError
 
@@ -36,8 +37,16 @@ class Resumed(NamedTuple):
     """True if an interrupted rollback has been repeated and has to be committed."""
 
 
-def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> Resumed:
+def resume(
+    config: RunConfig, checkpointer: Checkpointer, state: TrainState, *, script: Mapping[str, Any] | None = None
+) -> Resumed:
     """Puts into the state what the run goes on from. Collective.
+
+    Args:
+        config: every setting.
+        checkpointer: checkpoints of the run.
+        state: state of the run, as it is before the first image.
+        script: record of the user's script that parts of the run are from; None without such parts.
 
     Raises:
         UserError: what was asked for is not there, is damaged, or belongs to another run.
@@ -45,7 +54,7 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
     wanted = config.run.resume
     if wanted not in ("auto", "never"):
         manifest = checkpointer.load(wanted, state.parts(), may_lack=MAY_BEGIN_ANEW)
-        return Resumed(wanted, _notes(manifest, checkpointer, state), False)
+        return Resumed(wanted, _notes(manifest, checkpointer, state, script), False)
     intent = checkpointer.intended_rollback()
     if intent is not None:
         retention.check_complete(intent, checkpointer.folder)
@@ -59,7 +68,7 @@ def resume(config: RunConfig, checkpointer: Checkpointer, state: TrainState) -> 
             f"or run.resume=auto to go on from it"
         )
     manifest = checkpointer.load(found.url, state.parts(), may_lack=MAY_BEGIN_ANEW)
-    notes = (*_passed_over(found), *_notes(manifest, checkpointer, state))
+    notes = (*_passed_over(found), *_notes(manifest, checkpointer, state, script))
     if intent is None:
         return Resumed(found.url, notes, False)
     if manifest["values"].get("recovery", {"rollbacks": 0})["rollbacks"] >= intent["recovery"]["rollbacks"]:
@@ -75,9 +84,15 @@ def _passed_over(found: SearchResult) -> tuple[str, ...]:
     return tuple(f"passed over a damaged checkpoint: {text}" for text in found.damaged)
 
 
-def _notes(manifest: dict[str, Any], checkpointer: Checkpointer, state: TrainState) -> tuple[str, ...]:
-    """Notes about a checkpoint that was loaded."""
-    return (*_unknown_settings(manifest), *_begun_anew(manifest, state), *_not_bitwise(manifest, checkpointer))
+def _notes(
+    manifest: dict[str, Any], checkpointer: Checkpointer, state: TrainState, script: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """Notes about what this start has otherwise than the one that wrote the checkpoint."""
+    notes = (*_unknown_settings(manifest), *_begun_anew(manifest, state), *_not_bitwise(manifest, checkpointer))
+    before, now = manifest.get("script"), script
+    if (before is None and now is None) or (isinstance(before, dict) and now and before.get("sha256") == now["sha256"]):
+        return notes
+    return (*notes, f"the checkpoint was written with {described(before)}, and {described(now)} goes on")
 
 
 def _begun_anew(manifest: Mapping[str, Any], state: TrainState) -> tuple[str, ...]:
@@ -206,8 +221,8 @@ def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
 def _weights_at(url: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Weights and buffers at a URL, by `player/name`, and notes about the source."""
     if records.names_in(url, (CONFIG,)):
-        exported = open_generator(url)
-        return {f"generator/{name}": t for name, t in exported.module.state_dict().items()}, exported.notes
+        exported = read_weights(url)
+        return {f"generator/{name}": tensor for name, tensor in exported.tensors.items()}, exported.notes
     place = newest_checkpoint(url)
     _, tensors = reader.read(str(place.url))
     found: dict[str, torch.Tensor] = {}

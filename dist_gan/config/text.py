@@ -190,7 +190,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], *, default_ki
             if not isinstance(inner, dict):
                 inner = place[part] = {}
             place = inner
-        if parts[-1] == "kind" and place.get("kind", default_kinds.get(".".join(parts[:-1]))) != value:
+        section = ".".join(parts[:-1])
+        if parts[-1] == "kind" and section in default_kinds and place.get("kind", default_kinds[section]) != value:
             place.clear()
         place[parts[-1]] = value
     return mistakes

@@ -12,12 +12,14 @@ from dist_gan.models.article import ARTICLE
 from dist_gan.models.dcgan import DCGAN
 from dist_gan.models.family import Family, NetworkSettings, PictureNetworks
 from dist_gan.models.mlp import MLP
+from dist_gan.models.own import OWN, OwnBuilder, OwnNetworks, build_own
 from dist_gan.types import Networks, UserError
 
 FAMILIES: dict[str, Family[Any]] = {
     "article": ARTICLE,
     "dcgan": DCGAN,
     "mlp": MLP,
+    "own": OWN,
 }
 """Every family of networks by its name, `networks.kind`."""
 
@@ -48,10 +50,21 @@ def build_discriminator(section: NetworkSettings) -> nn.Module:
     return FAMILIES[section.kind].build_discriminator(section)
 
 
-def build_networks(section: NetworkSettings, *, seed: int) -> Networks:
-    """Both players, their weights a function of `seed`; torch's global generator is left as it was."""
+def build_networks(section: NetworkSettings, *, seed: int, own: OwnBuilder | None = None) -> Networks:
+    """Both players, their weights a function of `seed`; torch's global generator is left as it was.
+
+    Args:
+        section: settings of the networks.
+        seed: random seed of the weights.
+        own: the user's function that builds networks of the kind `own`.
+
+    Raises:
+        UserError: the kind is `own` and there is no function, or it does not return two networks.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if own is not None and isinstance(section, OwnNetworks):
+            return build_own(own, section)
         return Networks(generator=build_generator(section), discriminator=build_discriminator(section))
 
 
@@ -60,8 +73,8 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def sizes(section: NetworkSettings) -> tuple[int, int]:
+def sizes(section: NetworkSettings, *, own: OwnBuilder | None = None) -> tuple[int, int]:
     """Numbers of parameters of generator and discriminator, computed without allocating memory for them."""
     with torch.device("meta"):
-        networks = build_networks(section, seed=0)
+        networks = build_networks(section, seed=0, own=own)
     return count_parameters(networks.generator), count_parameters(networks.discriminator)

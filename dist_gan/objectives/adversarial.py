@@ -55,13 +55,21 @@ class AdversarialObjective:
         latent_dim: numbers in a latent.
         penalties_apart: penalties make their own forward pass with autocast off, as mixed precision needs; else R1
             and R2 share the pass of the loss.
+        loss: formulae of both players in place of those that the settings name.
     """
 
-    def __init__(self, section: ObjectiveSection, *, latent_dim: int, penalties_apart: bool = False) -> None:
+    def __init__(
+        self,
+        section: ObjectiveSection,
+        *,
+        latent_dim: int,
+        penalties_apart: bool = False,
+        loss: losses.Loss | None = None,
+    ) -> None:
         self.section = section
         self.latent_dim = latent_dim
         self.penalties_apart = penalties_apart
-        self.loss = losses.LOSSES[section.kind]
+        self.loss = loss or losses.LOSSES[section.kind]
         self.needs_real_in_g_turn = self.loss.is_paired
 
     def discriminator_loss(

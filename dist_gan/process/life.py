@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import torch
 from dist_gan.build import Run, build
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import to_yaml
-from dist_gan.data import Stage
+from dist_gan.models.own import described
+from dist_gan.own_parts import NO_PARTS, OwnParts
 from dist_gan.process import terminal
 from dist_gan.process.ending import Ending
 from dist_gan.process.last_words import silent_about_full_disks, within
@@ -28,7 +28,7 @@ _REFUSAL_WITHIN_S = 20.0
 """Time limit, in seconds, of waiting for the other ranks when a start is refused before its settings are known."""
 
 
-def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
+def run(config: RunConfig, *, own: OwnParts = NO_PARTS) -> int:
     """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
 
     Exit code 75 means that the run was asked to stop, has saved a checkpoint, and should be started again. A launcher
@@ -40,14 +40,14 @@ def run(config: RunConfig, *, stages: Sequence[Stage] = ()) -> int:
 
     Args:
         config: every setting.
-        stages: user-defined steps between decoding and batching; docs/data.md has an example.
+        own: parts of the user's own script, as handed to `dist_gan.train`.
     """
     with terminal.unbreakable(), silent_about_full_disks():
         ending = Ending(config.run.dir)
         ending.watch_launcher()
         parts: list[Run] = []
         try:
-            code = _run(config, ending, stages, parts)
+            code = _run(config, ending, own, parts)
         except BaseException as error:  # a stage may raise any exception, and the other ranks wait
             code = ending.badly(error)
         for part in parts:  # cleans up after a failed run
@@ -73,10 +73,12 @@ def refuse_start(mistake: UserError, run_dir: str | None) -> int:
         return code
 
 
-def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list[Run]) -> int:
+def _run(config: RunConfig, ending: Ending, own: OwnParts, parts: list[Run]) -> int:
     ending.stop = stop = StopRequest(on_second=ending.asked_twice)
     patience_s = config.runtime.start_timeout_s
     ending.meeting = meeting = open_meeting(os.environ, patience_s=patience_s)
+    if mistakes := own.mistakes(config.networks.kind):
+        raise UserError(*mistakes)
     launch_settings = read_launch_settings(config, os.environ, gpus=torch.cuda.device_count())
     if ending.rank == 0:
         with stop.deferred():
@@ -95,10 +97,10 @@ def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list
         config.runtime, launch_settings, meeting=meeting, on_lost=ending.lost, on_notice=ending.heard
     )
     ending.meeting = runtime.meeting  # the process groups own the first connection from here on
-    _refuse_strangers(config, runtime)
+    _refuse_strangers(config, runtime, own)
     attempt = runtime.control_group.share_json(ending.attempt)
     _refuse_a_private_folder(config, runtime, attempt=attempt)
-    run = build(config, runtime, stop, attempt=attempt, stages=stages)
+    run = build(config, runtime, stop, attempt=attempt, own=own)
     parts.append(run)
     ending.progress = run.state.progress
     stop.training_begins()
@@ -108,11 +110,13 @@ def _run(config: RunConfig, ending: Ending, stages: Sequence[Stage], parts: list
     return ending.well(images=end.images, commit=end.commit, stopped_by=end.stopped_by)
 
 
-def _refuse_strangers(config: RunConfig, runtime: Runtime) -> None:
+def _refuse_strangers(config: RunConfig, runtime: Runtime, own: OwnParts) -> None:
     """Raises unless all ranks run the same settings with the same code and packages."""
+    script = own.script()
     mine = {
         "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
         "the code of dist_gan": code_hash(),
+        "the parts of the script": described(None if script is None else script._asdict()),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         **runtime.packages(),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dist_gan import urls
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import Reading, read_settings, to_yaml
 from dist_gan.mistakes import TrainingFailed, UserError
 from dist_gan.wording import shown
+
+if TYPE_CHECKING:
+    from dist_gan.own_parts import OwnParts
 
 MAX_PROCESSES = 2**20
 MAX_PARAMETERS = 10**10
@@ -47,7 +50,12 @@ def _number(environment: Mapping[str, str], name: str, default: int, *, low: int
 
 
 def settings(
-    path: str | Path | None, overrides: Sequence[str], *, place: LaunchPlace, is_rehearsal: bool = False
+    path: str | Path | None,
+    overrides: Sequence[str],
+    *,
+    place: LaunchPlace,
+    is_rehearsal: bool = False,
+    own: OwnParts | None = None,
 ) -> RunConfig:
     """The settings of a run, after all checks that are possible before the run begins.
 
@@ -57,12 +65,13 @@ def settings(
         place: rank of this process and number of processes.
         is_rehearsal: check the data in any case. A real start checks the data once it owns the run's folder; if the
             settings are wrong, the data are checked here, so that all mistakes are reported together.
+        own: parts of the user's own script; None without any.
 
     Raises:
         UserError: one report of all mistakes.
     """
     reading = read_settings(path, overrides, world_size=place.world_size)
-    more = [] if reading.is_wrong("networks") else _size_mistakes(reading.config)
+    more = [] if reading.is_wrong("networks") else _network_mistakes(reading.config, own)
     if is_rehearsal or (reading.mistakes and place.rank == 0 and _is_near(reading.config, place)):
         more += _data_mistakes(reading)
     mistakes = reading.report(more)
@@ -92,10 +101,13 @@ def _data_mistakes(reading: Reading) -> list[str]:
     return [text for place, text in placed if place not in told and not reading.is_wrong(place)]
 
 
-def _size_mistakes(config: RunConfig) -> list[str]:
-    from dist_gan.models import sizes
+def _network_mistakes(config: RunConfig, own: OwnParts | None) -> list[str]:
+    from dist_gan.own_parts import NO_PARTS
 
-    total = sum(sizes(config.networks))
+    if mistakes := (own or NO_PARTS).mistakes(config.networks.kind):
+        return mistakes
+    found = _sizes(config, own)
+    total = sum(found or (0,))
     if total <= MAX_PARAMETERS:
         return []
     return [
@@ -104,20 +116,34 @@ def _size_mistakes(config: RunConfig) -> list[str]:
     ]
 
 
-def describe(config: RunConfig, *, world_size: int) -> str:
-    """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
+def _sizes(config: RunConfig, own: OwnParts | None) -> tuple[int, int] | None:
+    """Numbers of parameters of generator and discriminator; None for networks that cannot be built without memory."""
     from dist_gan.models import sizes
+
+    if own is None or own.networks is None:
+        return sizes(config.networks)
+    try:
+        return sizes(config.networks, own=own.networks)
+    except UserError:
+        raise
+    except Exception:  # the user's function may do what tensors without memory cannot; the start itself says what fails
+        return None
+
+
+def describe(config: RunConfig, *, world_size: int, own: OwnParts | None = None) -> str:
+    """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
     from dist_gan.objectives.losses import LOSSES
 
-    generator, discriminator = sizes(config.networks)
+    found = _sizes(config, own)
+    generator, discriminator = (f"{n:,}" for n in found) if found else ("unknown", "unknown")
     share = config.run.batch // world_size
     micro = config.runtime.micro_batch or share
     steps = -(-config.run.images // (config.run.batch * config.run.d_updates))
     return "\n".join(
         [
             to_yaml(config),
-            f"# generator      {generator:,} parameters",
-            f"# discriminator  {discriminator:,} parameters",
+            f"# generator      {generator} parameters",
+            f"# discriminator  {discriminator} parameters",
             f"# loss           {LOSSES[config.objective.kind].description}",
             f"# batch          {config.run.batch} images = {world_size} processes x {share // micro} micro-batches x {micro}",
             f"# steps          {steps:,}, each {config.run.d_updates} discriminator updates and 1 generator update",

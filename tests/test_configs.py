@@ -131,7 +131,7 @@ MISTAKES = [
     ("objective: {kind: hinge, label_smoothing: 0.1}", "objective.label_smoothing", "0.1", "minimax or nonsaturating"),
     ("objective: {penalty_every: 4}", "objective.penalty_every", "4", "set r1_gamma"),
     ("data: {kind: points}", "networks.kind", "'dcgan'", "points go with mlp"),
-    ("networks: {kind: mlp}", "networks.kind", "'mlp'", "images with article or dcgan"),
+    ("networks: {kind: mlp}", "networks.kind", "'mlp'", "images with article or dcgan or own"),
     ("networks: {resolution: 64}", "networks.resolution", "64", "set networks.resolution=32"),
     ("networks: {channels: 1}", "networks.resolution", "1 channels", "networks.channels=3"),
     ("networks: {classes: 10}", "networks.classes", "10", "take 12, or 0"),

@@ -417,7 +417,7 @@ def test_the_perceptrons_have_the_numbers_of_their_layers(depth: int, width: int
 
 # -- all families -----------------------------------------------------------------------------------------------------
 
-FAMILIES = {kind: family.settings(classes=5) for kind, family in models.FAMILIES.items()} | {
+FAMILIES = {kind: family.settings(classes=5) for kind, family in models.FAMILIES.items() if kind != "own"} | {
     "article": ArticleNetworks(classes=5, dropout=0),
     "dcgan": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_mapping=1, d_stddev=2),
     "dcgan smooth": DCGANNetworks(classes=5, g_width=8, d_width=8, g_norm="none", d_norm="none", g_smooth=True),

@@ -21,6 +21,7 @@ from dist_gan.health.monitor import Verdict
 from dist_gan.metrics import Metric, Samples, measure
 from dist_gan.metrics.modes import mode_count
 from dist_gan.models import build_generator
+from dist_gan.own_parts import OwnParts
 from dist_gan.trainer import fit
 from dist_gan.types import Batch, Knobs, Scalars, TrainingFailed, UserError
 from tests.games import lines, points_config, started, trained
@@ -66,7 +67,7 @@ def content(folder: Path, images: int) -> tuple[dict[str, Any], dict[str, torch.
 def test_a_metric_is_measured_at_its_interval_and_at_the_end_and_logged_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained(tmp_path, *GAME, metrics=[SPREAD])
+    trained(tmp_path, *GAME, own=OwnParts(metrics=[SPREAD]))
     found = measured(tmp_path, "metric/")
     assert [line["images"] for line in found] == [120, 240, 360, 480]
     assert all(line.keys() == {"images", "metric/spread", "metric/noise"} for line in found)
@@ -86,9 +87,9 @@ def test_a_metric_is_measured_at_its_interval_and_at_the_end_and_logged_and_reco
 
 def test_a_metric_changes_neither_the_training_nor_what_a_resumed_run_measures(tmp_path: Path) -> None:
     whole, bare, resumed = tmp_path / "whole", tmp_path / "bare", tmp_path / "resumed"
-    trained(whole, *GAME, metrics=[SPREAD])
+    trained(whole, *GAME, own=OwnParts(metrics=[SPREAD]))
     trained(bare, *GAME)
-    with started(resumed, *GAME, metrics=[SPREAD]) as run:
+    with started(resumed, *GAME, own=OwnParts(metrics=[SPREAD])) as run:
         stream, honest_next = run.state.stream, run.state.stream.next
 
         def crash() -> Batch:
@@ -100,7 +101,7 @@ def test_a_metric_changes_neither_the_training_nor_what_a_resumed_run_measures(t
         with pytest.raises(ZeroDivisionError):
             fit(run)
         run.saving.wait()
-    trained(resumed, *GAME, attempt=2, metrics=[SPREAD])
+    trained(resumed, *GAME, attempt=2, own=OwnParts(metrics=[SPREAD]))
     assert measured(resumed, "metric/") == measured(whole, "metric/")
     expected = content(whole, 480)[1]
     for folder in (bare, resumed):
@@ -159,7 +160,7 @@ def test_a_metric_with_other_values_on_another_rank_is_refused(theirs: dict[str,
 
 def test_two_metrics_with_a_value_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'other' returns metric/noise, as another metric does"):
-        trained(tmp_path, *GAME, metrics=[SPREAD, SPREAD._replace(name="other")])
+        trained(tmp_path, *GAME, own=OwnParts(metrics=[SPREAD, SPREAD._replace(name="other")]))
 
 
 # -- health ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Images that are arrays, to be packed: in memory, or in an `.npz` file."""
+"""Image sources of arrays: in memory, or in an `.npz` file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dist_gan.types import UserError
 
 
 class ArraySource:
-    """Images in memory.
+    """Images in an array in memory.
 
     Args:
-        images: NHWC uint8, 1 or 3 channels; or NHW for grey.
-        labels: whole numbers, N, or None.
-        class_names: name of each class; numbers where not given.
-        place: name for messages.
+        images: uint8, NHWC with 1 or 3 channels, or NHW for grey images.
+        labels: class number of each image, N; None for images without labels.
+        class_names: name of each class; None names the classes by their numbers.
+        place: name of the source in messages.
 
     Raises:
-        UserError: shapes, types or labels that do not fit together.
+        UserError: the shape or type of an array is wrong, or a label is out of range.
     """
 
     def __init__(
@@ -57,10 +57,13 @@ class ArraySource:
 
 
 class NpzSource(ArraySource):
-    """An `.npz` with `images` (N, H, W) or (N, H, W, C) uint8, and perhaps `labels` (N); nothing is unpickled.
+    """An `.npz` file with `images`, uint8 NHW or NHWC, and optionally `labels`, N. Pickled objects are refused.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        UserError: no whole npz, or arrays that are not these.
+        UserError: the file is no complete npz, an array is missing, or its shape or type is wrong.
     """
 
     def __init__(self, path: str) -> None:

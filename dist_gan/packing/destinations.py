@@ -1,4 +1,4 @@
-"""Where shards go: a folder on a disk, or one in an object store. Both give files that are whole or not there."""
+"""Destinations of a pack: a local folder, or a folder in an object store. A file appears there complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,56 +20,78 @@ from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 
 OWNER = ".pack-owner"
-"""In a store, which has no locks: which pack has begun last. All others stop."""
+"""Name of the file with the token of the latest pack in a folder of a store, which has no locks; other packs stop."""
 
 
 class Destination(Protocol):
-    """The folder of a pack; small to pickle, for every worker writes its own shards."""
+    """The folder that a pack writes to. It is sent to worker processes by pickle, since every worker writes its own shards."""
 
     url: str
 
     def names(self) -> dict[str, int | None]:
-        """Bytes of each file there, None for folders; empty if it is not there. Raises: UserError, TrainingFailed."""
+        """Size, in bytes, of each file in the folder by its name, None for a folder in it; empty if the folder is absent.
+
+        Raises:
+            UserError: access is refused.
+            TrainingFailed: the store does not answer.
+        """
         ...
 
     def create(self) -> None:
-        """Makes the folder. Raises: UserError."""
+        """Creates the folder unless it exists. Raises UserError if it cannot be created."""
         ...
 
     def claim(self, is_stray: Callable[[str], bool]) -> AbstractContextManager[None]:
-        """Keeps other packs out, and removes what a kill has left half. Raises: UserError."""
+        """Context of a pack: keeps other packs out of the folder, and removes the temporary files of a killed pack.
+
+        Args:
+            is_stray: tells whether a file name is that of a temporary file.
+
+        Raises:
+            UserError: another pack is at work in the folder.
+        """
         ...
 
     def check_claim(self) -> None:
-        """Raises: TrainingFailed: another pack has begun here in spite of `claim`."""
+        """Raises TrainingFailed if another pack has claimed the folder since."""
         ...
 
     def describe_file(self, name: str) -> str:
-        """A file that is written, for messages."""
+        """Path or URL of a file that is being written, for error messages."""
         ...
 
     def new_file(self, name: str) -> AbstractContextManager[Path]:
-        """An empty file for what will have the name; it is gone at the end, `publish` or not."""
+        """Context with the path of a new empty file, to be published as `name`; the file is deleted at the end."""
         ...
 
     def publish(self, file: Path, name: str) -> None:
-        """Makes a new file appear under its name, whole. Raises: OSError, UserError, TrainingFailed."""
+        """Makes a complete file appear in the folder under its name.
+
+        Raises:
+            OSError: the disk does not take the file.
+            UserError: the store refuses access.
+            TrainingFailed: the store does not answer.
+        """
         ...
 
     def read_each(self, sizes: dict[str, int]) -> Iterator[tuple[str, bytes | None]]:
-        """Bytes of some small files by name; None for one that is not there. Raises: TrainingFailed."""
+        """Name and bytes of each of some small files, given with their sizes; None as bytes of an absent file.
+
+        Raises:
+            TrainingFailed: the store does not answer.
+        """
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes files that may be there or not."""
+        """Deletes files; names of absent files are ignored."""
         ...
 
 
 def open_destination(dest: str, source: ImageSource) -> Destination:
-    """The destination at a path or URL; nothing is made or asked yet.
+    """The destination at a path or URL; nothing is created, and no store is contacted.
 
     Raises:
-        UserError: nothing can be written there, or it lies in the source.
+        UserError: the destination cannot be written to, or lies inside the source.
     """
     storage.check_url(dest, place="destination")
     if storage.scheme_of(dest) in ("http", "https"):
@@ -86,14 +108,14 @@ def open_destination(dest: str, source: ImageSource) -> Destination:
 
 
 class LocalDestination:
-    """A folder on a disk of this machine."""
+    """A folder in the file system of this machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.url = str(folder)
 
     def names(self) -> dict[str, int | None]:
-        """As the protocol says."""
+        """Size of each file in the folder by its name; None for a folder in it."""
         try:
             with os.scandir(self._folder) as found:
                 return {item.name: None if item.is_dir() else _size_of(item) for item in found}
@@ -105,7 +127,7 @@ class LocalDestination:
             ) from error
 
     def create(self) -> None:
-        """As the protocol says."""
+        """Creates the folder and its parents. Raises UserError if that fails."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,13 +137,13 @@ class LocalDestination:
 
     @contextlib.contextmanager
     def claim(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
-        """As the protocol says; the lock goes with the process."""
+        """Locks the folder by `flock`; the system releases the lock when the process ends, even if it is killed."""
         handle = os.open(self._folder, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                # A file system without locks is no reason not to pack.
+                # Other errors mean that the file system has no locks; packing is allowed there too.
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise UserError(f"destination {self.url}: another pack is at work there; wait for it") from error
             self.remove(filter(is_stray, os.listdir(self._folder)))
@@ -133,15 +155,15 @@ class LocalDestination:
             os.close(handle)
 
     def check_claim(self) -> None:
-        """As the protocol says; the lock sees to it."""
+        """Does nothing: the lock that `claim` holds keeps other packs out."""
 
     def describe_file(self, name: str) -> str:
-        """As the protocol says."""
+        """Path of a file in the folder, for error messages."""
         return str(self._folder / name)
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """As the protocol says: beside the others, under a hidden name."""
+        """Context with the path of a hidden temporary file in the same folder, so that `publish` can rename it."""
         path = self._folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             yield path
@@ -149,14 +171,14 @@ class LocalDestination:
             path.unlink(missing_ok=True)
 
     def publish(self, file: Path, name: str) -> None:
-        """As the protocol says: by a rename."""
+        """Writes the file through to the disk and renames it, so that it appears complete."""
         with open(file, "rb") as written:
             os.fsync(written.fileno())
         os.replace(file, self._folder / name)
         storage.sync_folder(self._folder)
 
     def read_each(self, sizes: dict[str, int]) -> Iterator[tuple[str, bytes | None]]:
-        """As the protocol says."""
+        """Name and bytes of each file; None as bytes of a file that cannot be read."""
         for name in sizes:
             try:
                 yield name, (self._folder / name).read_bytes()
@@ -164,7 +186,7 @@ class LocalDestination:
                 yield name, None
 
     def remove(self, names: Iterable[str]) -> None:
-        """As the protocol says; a disk that is read-only by now keeps them."""
+        """Deletes files; those on a disk that has become read-only stay."""
         for name in names:
             try:
                 (self._folder / name).unlink(missing_ok=True)
@@ -176,9 +198,9 @@ class LocalDestination:
 class StoreDestination:
     """A folder in an object store.
 
-    A shard is written to a local file without a name, which goes with the process even if that is killed, and sent from
-    there. There is no lock: of two packs in one folder the later one goes on, the earlier one stops before its next
-    shard. Should both send the same shard, they send the same bytes.
+    A shard is written to an anonymous local file, which the system deletes when the process ends, and is uploaded from
+    there. There is no lock: of two packs in one folder the later one goes on, and the earlier one stops before its next
+    shard. If both upload the same shard, the bytes are the same.
     """
 
     def __init__(self, url: str) -> None:
@@ -187,20 +209,20 @@ class StoreDestination:
         self._token = uuid.uuid4().hex.encode("ascii")
 
     def names(self) -> dict[str, int | None]:
-        """As the protocol says."""
+        """Size of each object below the URL by its name; None for a folder in it."""
         return self._connected().names()
 
     def create(self) -> None:
-        """As the protocol says: object stores have no folders."""
+        """Does nothing, because object stores have no folders."""
 
     @contextlib.contextmanager
     def claim(self, is_stray: Callable[[str], bool]) -> Iterator[None]:
-        """As the protocol says: leaves the sign that this pack has begun."""
+        """Writes this pack's token into `.pack-owner`; an earlier pack finds it by `check_claim` and stops."""
         storage.publish(storage.join(self.url, OWNER), self._token)
         yield
 
     def check_claim(self) -> None:
-        """As the protocol says."""
+        """Compares `.pack-owner` with this pack's token. Raises TrainingFailed if another pack has replaced it."""
         try:
             ours = self._connected().read(OWNER, size=len(self._token)) == self._token
         except FileNotFoundError:
@@ -211,12 +233,12 @@ class StoreDestination:
             )
 
     def describe_file(self, name: str) -> str:
-        """As the protocol says."""
+        """URL of a file and the local folder that it is sent from, for error messages."""
         return f"{storage.join(self.url, name)} by way of {tempfile.gettempdir()} (TMPDIR says where)"
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """As the protocol says: where `TMPDIR` says, without a name where the system has such files."""
+        """Context with the path of a temporary file in `TMPDIR`; on Linux it is anonymous, so that a kill leaves nothing."""
         own_files = Path("/proc/self/fd")
         if own_files.is_dir():
             with tempfile.TemporaryFile() as nameless:
@@ -226,11 +248,11 @@ class StoreDestination:
                 yield Path(named.name)
 
     def publish(self, file: Path, name: str) -> None:
-        """As the protocol says: sent, and its size read back."""
+        """Uploads the file, and compares its size in the store with that on the disk."""
         self._connected().upload(file, name)
 
     def read_each(self, sizes: dict[str, int]) -> Iterator[tuple[str, bytes | None]]:
-        """As the protocol says, several at once."""
+        """Name and bytes of each object, read with several requests at a time; None as bytes of an absent one."""
         store = self._connected()
 
         def read(name: str) -> bytes:
@@ -245,7 +267,7 @@ class StoreDestination:
                     yield name, None
 
     def remove(self, names: Iterable[str]) -> None:
-        """As the protocol says, several at once."""
+        """Deletes objects with several requests at a time."""
         asked = fetching.prefetch(self._connected().remove, names, size=lambda _: 0, num_threads=fetching.MAX_REQUESTS)
         with contextlib.closing(asked):
             for _, get in asked:

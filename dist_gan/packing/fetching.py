@@ -1,4 +1,4 @@
-"""Fetches ahead: what is far away is asked for before its turn, so that many answers are under way at once."""
+"""Prefetching from a store: several requests run at a time, and their results are returned in order."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_REQUESTS = storage.CONNECTIONS
-"""Requests under way: with 50 ms each they allow 640 a second, more than the clients of stores do in one process."""
+"""Largest number of simultaneous requests. At 50 ms each they allow 640 a second, more than the store clients of one
+process achieve."""
 MAX_PENDING = 64
-"""Results that wait for their turn or are under way, so that one slow answer does not stop the others."""
+"""Largest number of results that are waiting or being fetched, so that one slow request does not stop the others."""
 MAX_PENDING_BYTES = 2**26
-"""Bytes of the same; an item that is larger is fetched alone."""
+"""Largest total size of these results, in bytes; a larger item is fetched alone."""
 
 
 def prefetch(
     get: Callable[[Item], Result], items: Iterable[Item], *, size: Callable[[Item], int], num_threads: int
 ) -> Generator[tuple[Item, Callable[[], Result]], None, None]:
-    """Each item in order with a function that gives or raises what `get` made of it.
+    """Yields each item, in order, with a function that returns the result of `get(item)` or raises its exception.
 
-    Beside the one in the caller's hands no more than `MAX_PENDING` results and `MAX_PENDING_BYTES` are held, counted from the
-    request on. Close the iterator if it is left early: it then waits for the requests that are under way.
+    At most `MAX_PENDING` results of `MAX_PENDING_BYTES` are held at a time, from the start of their requests, in addition
+    to the one that the caller is using. A caller that stops early must close the generator, which waits for the running
+    requests.
 
     Args:
-        get: is called in a thread, or in the caller where `num_threads` is 1.
-        items: taken as needed.
-        size: bytes that the result for an item takes.
-        num_threads: threads; with 1 nothing is fetched before its turn.
+        get: called in a thread of the pool, or in the calling thread if `num_threads` is 1.
+        items: iterated as results are needed.
+        size: returns the size, in bytes, of the result for an item.
+        num_threads: number of threads; with 1 each item is fetched only when its result is used.
     """
     if num_threads == 1:
         for item in items:

@@ -1,4 +1,4 @@
-"""What images are packed from: a source lists its images, and its reader opens each of them in any process."""
+"""Interfaces of image sources: a source lists its images, and its reader opens each of them, in any process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ImageReader(Protocol):
     """Opens the images of a source. It is sent to worker processes by pickle, so it opens files only when first used."""
 
     def open(self, entry: Entry) -> BinaryIO | Pixels:
-        """The image file at its first byte, to be closed by the caller; or its pixels, HWC.
+        """An open image file, to be closed by the caller, or the pixels of the image, uint8 HWC.
 
         Raises:
             Exception: one of `UNREADABLE` if the image cannot be read.
@@ -45,7 +45,7 @@ class ImageReader(Protocol):
 
 
 class ImageSource(Protocol):
-    """Images with keys, and with labels or without."""
+    """A set of images to be packed, with or without labels."""
 
     place: str
     """Path or URL of the source, for messages."""
@@ -56,5 +56,6 @@ class ImageSource(Protocol):
     notes: tuple[str, ...]
     """Sentences about files that were skipped."""
     identity: str
-    """Hash of the contents if it is cheap to obtain, in addition to names and sizes; empty otherwise."""
+    """Hash of the images' contents if it can be computed without reading all of them; otherwise empty. A pack recognises a
+    changed source by it, in addition to names and sizes."""
     reader: ImageReader

@@ -1,4 +1,4 @@
-"""Manifests for shards that others wrote, and the proof that shards are what their manifest says."""
+"""Writes manifests for existing shards, and verifies shards against their manifest."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from dist_gan.types import UserError
 
 
 class _ShardIndex(NamedTuple):
+    """Result of indexing one shard."""
+
     shard: Shard | None
     """The shard without labels: class numbers are known only after all shards have been read. None if unusable."""
     labels: tuple[Label, ...]
@@ -36,7 +38,7 @@ class _ShardIndex(NamedTuple):
 
 
 class _VerifyJob(NamedTuple):
-    """A shard to be verified, and what the manifest says about all of them."""
+    """Manifest entries with which one shard is compared by a worker."""
 
     shard: Shard
     resolution: int | None
@@ -66,7 +68,7 @@ def index(
     Args:
         url: folder of the shards, a path or a URL.
         label_key: key of the label in each sample's `.json`; None takes `.cls`.
-        force: replaces an existing manifest.
+        force: replace an existing manifest.
         workers: number of processes; None for one per core.
         progress: shows a progress bar; None shows one only on a terminal.
         say: called with messages for the user.
@@ -112,16 +114,16 @@ def index(
 
 
 def verify(url: str, *, decode: bool = True, workers: int | None = None, progress: bool | None = None) -> list[str]:
-    """Compares shards with their manifest, and returns what is wrong, a sentence each; nothing is changed.
+    """Compares shards with their manifest, and returns a sentence for each difference; nothing is changed.
 
-    Checked are the files that are there, their size and SHA-256, the structure of each tar, key, place, size and
-    extension of each image, each `.cls`, and that each image decodes to the stated size.
+    It compares the list of files, the size and SHA-256 of each file, key, offset, size and extension of each image, and
+    each `.cls` label; it checks the structure of each tar, and that each image decodes to the stated size.
 
     Args:
         url: folder of the shards, a path or a URL.
-        decode: decodes images, which takes most of the time.
-        workers: processes; None for one a core.
-        progress: a bar on the terminal; None shows one only where there is a terminal.
+        decode: decode all images, which takes most of the time.
+        workers: number of processes; None for one per core.
+        progress: shows a progress bar; None shows one only on a terminal.
 
     Raises:
         UserError: there is no manifest, or it cannot be read.

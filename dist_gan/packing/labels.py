@@ -13,7 +13,8 @@ LABEL_BYTES = 2**20
 _LONGEST_NAME = 200
 _LONGEST_NUMBER = 15
 _MANY = 1000
-"""Number of classes from which on it is compared with the number of images, since captions are not classes."""
+"""Number of classes above which names count as classes only if there are at most half as many of them as images; captions
+of images are thereby refused."""
 
 Label = int | str
 """A class, by number or by name."""

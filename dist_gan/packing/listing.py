@@ -1,4 +1,4 @@
-"""From file names to images with keys and labels: which files count, which folder is a class, which names collide."""
+"""Derives images, keys and labels from file names: selects image files, takes folders as classes, finds equal keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LABEL_FILE_BYTES, _LABEL_BYTES = 2**20, 2**10
 HIDDEN = "hidden files"
 _KINDS_SHOWN = 20
 _LONGEST_PATH, _DEEPEST_PATH = 4096, 64
-"""Signs of a path, and folders in it."""
+"""Largest length of a path, in characters, and largest number of folders in it."""
 _IGNORED = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
@@ -36,41 +36,45 @@ class Entry(NamedTuple):
     member: str
     """Path or member name by which the source's reader opens the image."""
     size: int
-    """Bytes in the source."""
+    """Size of the image in the source, in bytes."""
 
 
 class File(NamedTuple):
-    """A file of a folder or an archive."""
+    """A file in a folder or an archive: path and size in bytes."""
 
     path: str
-    """Relative, with `/`."""
+    """Path relative to the folder or archive, with `/` as separator."""
     size: int
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source."""
+    """The images found in a source, and the names of their classes."""
 
     entries: tuple[Entry, ...]
-    """Sorted by key."""
+    """The images, sorted by key."""
     classes: tuple[str, ...] | None
     notes: tuple[str, ...]
     """Sentences about files that were skipped."""
 
 
 class Problems:
-    """Mistakes of one source, told together."""
+    """Collector of the mistakes in one source, which are reported together.
+
+    Args:
+        place: name of the source in the report.
+    """
 
     def __init__(self, place: str) -> None:
         self._place = place
         self._found: list[str] = []
 
     def add(self, sentence: str) -> None:
-        """Notes a mistake."""
+        """Adds a mistake, as a sentence without the name of the source."""
         self._found.append(sentence)
 
     def raise_if_any(self) -> None:
-        """Raises: UserError with the first mistakes and how many there are."""
+        """Raises UserError with the first mistakes and their number, if there are any."""
         if not self._found:
             return
         if len(self._found) == 1:
@@ -88,20 +92,20 @@ def list_images(
     read: Callable[[str], bytes],
     left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Listing:
-    """The images among files, with labels if folders or `dataset.json` give them.
+    """Images among the files of a source, with labels from folders or from `dataset.json` if there are any.
 
-    A folder that holds all other files is skipped in the paths; the first folder of each remaining path is the class,
-    and class names are sorted. A `dataset.json` as StyleGAN writes it replaces the folders as labels.
+    A common folder of all files is removed from the paths. The first folder of each remaining path is the class, and
+    classes are numbered by their sorted names. Labels in a `dataset.json` of StyleGAN's format replace the folders.
 
     Args:
-        files: all files.
-        folders: all folders, as relative paths; needed to see empty ones.
-        place: name of the source for errors.
-        read: returns the bytes of a file, for `dataset.json`.
+        files: all files of the source.
+        folders: all folders, as relative paths, from which empty class folders are found.
+        place: name of the source, for errors.
+        read: returns the bytes of a file; used for `dataset.json`.
         left_out: paths that the source has already skipped, by reason.
 
     Raises:
-        UserError: one report of all mistakes.
+        UserError: there are no images, or the files contain mistakes; all are in one report.
     """
     problems = Problems(place)
     images: list[File] = []
@@ -145,11 +149,11 @@ def list_images(
 
 
 def folders_of(names: Iterable[str], *, place: str) -> set[str]:
-    """All folders that names of files show, with those above them.
+    """All folders that occur in the names of files, including their parent folders.
 
     Raises:
-        UserError: a name is longer, or has more folders, than any file system has: each folder takes the memory of its
-            whole path.
+        UserError: a name is longer or has more folders than file systems allow; without this limit, a hostile archive
+            could exhaust the memory, since every folder is held with its whole path.
     """
     folders: set[str] = set()
     for name in names:
@@ -174,7 +178,7 @@ def _extension(path: str) -> str:
 
 
 def _notes(others: Counter[str], left_out: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """One sentence about all skipped files, by reason; empty if there are none."""
+    """One sentence that counts the skipped files by reason; empty if there are none."""
     reasons = []
     if others:
         shown = others.most_common(_KINDS_SHOWN)
@@ -190,7 +194,7 @@ def _notes(others: Counter[str], left_out: Mapping[str, Sequence[str]]) -> tuple
 
 
 def _common_root(images: Sequence[str], folders: Sequence[str]) -> str:
-    """The deepest folder above all images, as long as there is nothing but it on the way."""
+    """The deepest folder that contains all images and has no sibling folders on the way from the root."""
     root = ""
     while True:
         start = len(root) + 1 if root else 0
@@ -199,7 +203,7 @@ def _common_root(images: Sequence[str], folders: Sequence[str]) -> str:
             return root
         heads = {path.split("/", 1)[0] for path in inside}
         heads |= {f[start:].split("/", 1)[0] for f in folders if f.startswith(root) and f[start:]}
-        if len(heads) != 1 or heads == {""}:  # a name that begins with `/` has no folder to go down into
+        if len(heads) != 1 or heads == {""}:  # the part before the first `/` of an absolute name is empty
             return root
         root = posixpath.join(root, heads.pop())
 

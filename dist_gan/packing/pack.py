@@ -1,12 +1,12 @@
-"""Images become WebDataset shards with a manifest. A pack that is killed goes on when it is started again.
+"""Packs images into WebDataset shards with a manifest. A pack that was killed continues when it is started again.
 
-The way of a pack through its folder: `.pack-plan.json` says what is being made; every shard appears under its name
-when it is whole, with a hidden index beside it; `manifest.json` comes last, and then plan and indexes go. Training
-takes no folder without a manifest.
+Files in the destination, in the order in which a pack writes them: `.pack-plan.json` with the hash of source and
+options; each shard, once it is complete, with a hidden index file beside it; `manifest.json` at the end. Then the plan
+and the index files are deleted. Training refuses a folder without a manifest.
 
-Memory: a worker holds one image decoded, and of images in a store at most `fetching.MAX_PENDING_BYTES` more; a shard grows in
-a file on a local disk, one a worker. The first process holds the list of images: a few hundred bytes each, and about a
-kilobyte each while a store is listed.
+Memory: a worker holds one decoded image, and with a store at most `fetching.MAX_PENDING_BYTES` of downloaded files. It
+writes its shard to a file on a local disk. The main process holds the list of images, of a few hundred bytes for each
+image, and about a kilobyte for each while it lists a store.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from dist_gan.wording import safe
 SAMPLES_PER_SHARD = 4096
 _VERSION = 2
 _FEW_IMAGES = 4000
-"""So few are packed before a second process has started."""
+"""Number of images below which one process is faster, because starting a second one takes longer than packing."""
 
 
 def say_on_stderr(sentence: str) -> None:
-    """One line for the person at the terminal."""
+    """Prints a message for the user on standard error."""
     print(safe(sentence), file=sys.stderr)
 
 
 def progress_bar(what: str, progress: bool | None, *, total: int | None) -> tqdm[NoReturn]:
-    """A bar of images on the terminal; with None only where there is a terminal."""
+    """A progress bar that counts images; with `progress=None` it is shown only on a terminal."""
     return tqdm(total=total, unit="image", desc=what, disable=None if progress is None else not progress)
 
 
@@ -82,30 +82,32 @@ def pack(
     progress: bool | None = None,
     say: Callable[[str], None] = say_on_stderr,
 ) -> Manifest:
-    """Writes a source's images into shards and returns their manifest.
+    """Packs the images of a source into shards, and returns their manifest.
 
-    The same images and options give the same bytes, whatever the number of workers, and starting again goes on
-    where a killed pack stopped. Samples come in the order of a hash of their key, so shards are not sorted by class.
-    An image that fits and is a plain 8-bit JPEG or PNG keeps its bytes; every other becomes a PNG.
+    The same images and options give the same bytes for any number of workers, and a second start continues an
+    interrupted pack. Samples are ordered by a hash of their key, so that shards are not sorted by class. A plain 8-bit
+    JPEG or PNG of the right size and channels is copied unchanged; any other image is converted to a PNG.
 
     Args:
         source: images, from `open_source` or `ArraySource`.
-        dest: folder of the shards, a path or a URL; absent, empty, or begun by the same pack.
-        resolution: side of the images in pixels, a power of two from 16 to 1024; None takes the images' own.
-        channels: 1 or 3; None takes the images' own.
-        samples_per_shard: images in each shard but the last.
-        upscale: enlarges smaller images instead of refusing them.
-        pad: puts smaller images on black instead of refusing them.
-        labels: writes a `.cls` for each image where the source has labels.
+        dest: folder of the shards, a path or a URL; it may be absent, empty, or left by an interrupted pack of the same
+            images and options.
+        resolution: side of the images in pixels, a power of two from 16 to 1024; None takes the size that all
+            images have.
+        channels: 1 or 3; None takes the number of channels that all images have.
+        samples_per_shard: number of images in each shard but the last.
+        upscale: enlarges images smaller than `resolution` instead of refusing them.
+        pad: adds a black border to smaller images instead of refusing them.
+        labels: writes a `.cls` member for each image if the source has labels.
         skip_bad: leaves out images that cannot be used and lists them in `skipped.txt`.
-        workers: processes; None for one a core. With 1 no process is made.
-        progress: a bar on the terminal; None shows one only where there is a terminal.
-        say: takes sentences for the user.
+        workers: number of processes; None for one per core. With 1 the calling process does all work.
+        progress: shows a progress bar; None shows one only on a terminal.
+        say: called with messages for the user.
 
     Raises:
-        UserError: options, source or folder are wrong, or images are bad (up to ten are listed).
-        TrainingFailed: the disk is full, the folder does not take the files, or a store does not answer; nothing half
-            is left.
+        UserError: an option, the source or the destination is wrong, or images are unusable (up to ten are listed).
+        TrainingFailed: the disk is full, a file cannot be written, or a store does not answer; no incomplete shard is
+            left.
     """
     _check_options(resolution, channels, samples_per_shard, upscale, pad, workers)
     folder = open_destination(dest, source)
@@ -119,7 +121,7 @@ def pack(
     folder.create()
     num_workers = workers or (1 if len(source.entries) < _FEW_IMAGES else num_cores())
     if "memory" in (storage.scheme_of(source.place), storage.scheme_of(folder.url)):
-        num_workers = 1  # another process has another memory
+        num_workers = 1  # `memory://` of fsspec lives in one process
     with folder.claim(is_stray), Workers(source.reader, count=num_workers) as processes:
         if shape is None:
             with progress_bar("looking", progress, total=len(source.entries)) as bar:
@@ -180,7 +182,8 @@ def _plan_of(
     pad: bool,
     labels: bool,
 ) -> str:
-    """Hash of all that decides about the bytes of the shards. `skip_bad` does not: whole shards serve both."""
+    """Hash of everything that determines the bytes of the shards. `skip_bad` is left out, since it changes only shards with
+    unusable images, which `_usable` tells apart."""
     options = [_VERSION, resolution, channels, samples_per_shard, upscale, pad, labels, source.classes]
     digest = hashlib.sha256(json.dumps([*options, source.identity]).encode("ascii"))
     for entry in source.entries:

@@ -1,4 +1,4 @@
-"""The folder of a pack: whose it is, how far it has come, and what a kill has left there."""
+"""State of a pack in its destination: the plan file, the manifest of a finished pack, and files left by a killed one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ SKIPPED = "skipped.txt"
 def find_finished_pack(
     folder: Destination, names: Mapping[str, int | None], plan: str, say: Callable[[str], None]
 ) -> Manifest | None:
-    """The manifest of a finished pack of this plan, among the names in the folder."""
+    """The manifest, if a pack of the same plan has been finished in the folder; None if there is no manifest.
+
+    Args:
+        folder: destination of the pack.
+        names: files in the folder and their sizes.
+        plan: hash of the source and the options.
+        say: called with a message for the user.
+
+    Raises:
+        UserError: the folder holds the shards of another pack, or a shard is missing or has another size.
+        TrainingFailed: the store does not answer.
+    """
     if manifests.NAME not in names:
         return None
     found = read_manifest(folder.url)
@@ -30,7 +41,7 @@ def find_finished_pack(
             f"source or an option has changed since; choose another folder, or empty this one first"
         )
     check_shards(folder.url, found)
-    # A kill may have come between the manifest and the end.
+    # The pack may have been killed after it wrote the manifest and before it removed these files.
     remove_leftovers(folder, names)
     left_out = f" (without the images in {SKIPPED})" if SKIPPED in names else ""
     say(f"{folder.url}: already packed: {found.num_samples:,} images in {len(found.shards)} shards{left_out}")
@@ -38,10 +49,10 @@ def find_finished_pack(
 
 
 def read_plan(folder: Destination, names: Mapping[str, int | None], plan: str) -> ImageShape | None:
-    """What an interrupted pack of this plan had shape; None for a folder that is empty or not there.
+    """Shape of the images in the plan file of an interrupted pack; None if the folder is empty or absent.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files, or an unfinished pack with another plan.
         TrainingFailed: the store does not answer.
     """
     size = names.get(PLAN)
@@ -72,19 +83,19 @@ def read_plan(folder: Destination, names: Mapping[str, int | None], plan: str) -
 
 
 def write_plan(folder: Destination, plan: str, shape: ImageShape) -> None:
-    """From here on the folder belongs to this pack."""
+    """Writes the plan file, by which a later start of the same pack recognises the folder and continues."""
     content = {"plan": plan, **shape._asdict()}
     storage.publish(storage.join(folder.url, PLAN), json.dumps(content).encode("ascii"))
 
 
 def is_stray(name: str) -> bool:
-    """Whether a kill has left a file of this name half."""
+    """Whether a file name is that of a temporary file of a pack, which only a killed process leaves behind."""
     ours = name.startswith((".shard-", f".{PLAN}.", f".{manifests.NAME}.", f".{SKIPPED}.", "..shard-"))
     return ours and name.endswith(".tmp")
 
 
 def remove_leftovers(folder: Destination, names: Mapping[str, int | None]) -> None:
-    """Removes what only an unfinished pack needs; the plan goes last."""
+    """Deletes the files that only an unfinished pack needs. The plan file is deleted last: with it the folder can be resumed."""
     folder.remove(name for name in names if is_stray(name) or (name.startswith(".shard-") and name.endswith(".json")))
     folder.remove([OWNER] if OWNER in names else [])
     folder.remove([PLAN] if PLAN in names else [])

@@ -1,4 +1,4 @@
-"""Jobs handed out to a few processes, whose death, errors and interruption all end in one exception here."""
+"""A pool of worker processes. Death, errors and interruption of a worker raise one exception in the calling process."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Context = TypeVar("Context")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Tell = Callable[[int], object]
-"""Says that so many more units of a job are done."""
+"""Function that reports progress: it is called with the number of further units of a job that are done."""
 Work = Callable[[Context, Job, Tell], Result]
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers(Generic[Context]):
-    """A few processes that are given jobs; a context manager whose end is theirs.
+    """A pool of processes that work on jobs; a context manager that terminates them at its end.
 
-    With one worker everything happens in the caller and no process is made. Processes are spawned when the first
-    jobs come, and stay for the next run.
+    With `count` 1 the calling process does the work itself. Processes are spawned by the first call of `run` and are
+    used again by later calls.
 
     Args:
-        context: what every job needs; pickled once a process.
-        count: of processes.
+        context: value that is passed to every job; it is pickled once for each process.
+        count: number of processes.
     """
 
     def __init__(self, context: Context, *, count: int) -> None:
@@ -58,10 +58,12 @@ class Workers(Generic[Context]):
     def run(self, work: Work[Context, Job, Result], jobs: Iterable[Job], *, tell: Tell) -> Iterator[Result]:
         """Results of `work(context, job, tell)` in the order of their completion.
 
-        `work` is a function of a module, or a partial of one. A job is taken from `jobs` only when it is started.
+        `work` is a function of a module, or a partial of one, since it is pickled. The iterable `jobs` is advanced only when
+        a process is free.
 
         Raises:
-            UserError, TrainingFailed: as `work` raised it, or a process died.
+            UserError: `work` raised it.
+            TrainingFailed: `work` raised it, or a process died.
         """
         if self._count == 1:
             for job in jobs:
@@ -88,10 +90,10 @@ class Workers(Generic[Context]):
                     break
 
     def _process(self, place: int) -> pipes.Connection:
-        """The pipe to a process, spawned if it is the first time."""
+        """The pipe to the process number `place`, which is spawned at the first call."""
         if place < len(self._processes):
             return list(self._processes)[place]
-        # Spawned and not forked: the caller may hold threads and locks, as a trainer does.
+        # Spawned and not forked, because the calling process may have threads and locks, which a fork would copy.
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_serve, args=(theirs, self._context), name="dist-gan-data")
@@ -119,7 +121,8 @@ def _receive(pipe: pipes.Connection, process: SpawnProcess) -> tuple[str, Any]:
 
 
 def _leave_with(parent: int) -> None:
-    """At once, as if killed too: who starts the same command again must not find late workers at work."""
+    """Waits for the parent process to die, and then exits at once, so that no worker still writes when the user starts the
+    same command again."""
     pipes.wait([parent])
     os._exit(1)
 
@@ -133,12 +136,12 @@ def _death(process: SpawnProcess) -> TrainingFailed:
 
 
 def _serve(pipe: pipes.Connection, context: Any) -> None:
-    # Ctrl-C reaches the whole group; the parent decides and terminates.
+    # Ctrl-C sends SIGINT to the whole process group; only the parent handles it, and terminates the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     if pipes.wait([parent.sentinel], timeout=0):
-        return  # the parent died while this one was being started; a job may be waiting in the pipe all the same
+        return  # the parent died during the start of this process; the pipe may hold a job nevertheless
     threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
     try:
         while True:
@@ -155,5 +158,5 @@ def _serve(pipe: pipes.Connection, context: Any) -> None:
                 return
             pipe.send(("result", result))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The parent is gone.
+        # The parent process has died or closed the pipe.
         return

@@ -1,4 +1,4 @@
-"""Samples in a shard of any origin, found by the strict scan of the tar."""
+"""Reads the samples of a shard written by any program, through the strict tar reader."""
 
 from __future__ import annotations
 

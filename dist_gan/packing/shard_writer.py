@@ -1,4 +1,4 @@
-"""Turns the images of one shard into a tar: the work of one job, which gives the same bytes wherever it is done."""
+"""Writes the images of one shard into a tar. A shard is one job of a worker; its bytes do not depend on the worker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TELL_EVERY = 64
 
 
 class ImageProblem(NamedTuple):
-    """An image that cannot be packed."""
+    """An image that cannot be packed, and the reason."""
 
     member: str
     reason: str
@@ -40,11 +40,11 @@ class ImageProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What all shards of a pack have in common."""
+    """Settings of a pack that are the same for all its shards."""
 
     folder: Destination
     plan: str
-    """Hash of the source and all options; an index of another plan is not ours."""
+    """Hash of the source and of all options; a shard index with another plan belongs to another pack."""
     resolution: int
     channels: int
     upscale: bool
@@ -61,7 +61,7 @@ class ShardJob(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """A shard that is whole."""
+    """Contents of a completely written shard."""
 
     shard: Shard | None
     """None where every image of it was skipped."""
@@ -74,15 +74,17 @@ def shard_name(number: int) -> str:
 
 
 def index_name(number: int) -> str:
-    """File name of what is known of a finished shard until the manifest is written."""
+    """Name of the hidden file that describes a finished shard until the manifest is written."""
     return f".shard-{number:05d}.json"
 
 
 def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tell: Tell) -> tuple[ImageProblem, ...]:
-    """Writes a shard and its index; if bad images are not to be skipped, returns them and leaves nothing.
+    """Writes a shard and its index file, and returns an empty tuple.
+
+    Without `skip_bad`, a shard with unusable images is not written, and their problems are returned.
 
     Raises:
-        TrainingFailed: the folder does not take the files, or a store does not answer.
+        TrainingFailed: the files cannot be written, or a store does not answer.
         UserError: a store refuses access.
     """
     name, folder = shard_name(job.number), settings.folder
@@ -113,7 +115,7 @@ def write_shard(settings: ShardSettings, reader: ImageReader, job: ShardJob, tel
 
 
 def read_finished_shards(folder: Destination, numbers: range, *, plan: str) -> Iterator[tuple[int, ShardResult]]:
-    """The shards of this plan that are whole, by their indexes and their sizes.
+    """Number and contents of each finished shard with this plan: its index file exists and states the size of its tar.
 
     Raises:
         UserError, TrainingFailed: the folder cannot be listed or read.
@@ -145,13 +147,13 @@ def _parse_index(index: bytes, number: int, names: Mapping[str, int | None], *, 
 def _write_tar(
     settings: ShardSettings, reader: ImageReader, entries: tuple[Entry, ...], path: Path, tell: Tell
 ) -> tuple[tuple[ImageProblem, ...], int]:
-    """ImageProblem images, and the number of those written."""
+    """Writes the tar; returns the problems of unusable images, and the number of images written."""
     problems: list[ImageProblem] = []
     num_written = 0
     fetched = prefetch(partial(read_entry, reader), entries, size=size_of, num_threads=num_requests(reader))
     with (
         open(path, "wb") as file,
-        # Encoding off, since it would choose by extension; PAX only shows where a name is long or not ASCII.
+        # No encoder: webdataset would convert values by their extension. PAX headers appear only for long or non-ASCII names.
         TarWriter(file, encoder=False, mtime=0, user="dist_gan", group="dist_gan", format="PAX_FORMAT") as tar,
         closing(fetched) as images,
     ):
@@ -173,7 +175,7 @@ def _write_tar(
 
 
 def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) -> tuple[bytes, str]:
-    """Bytes and extension of an image file as it will lie in the tar."""
+    """Bytes and extension of an image in the tar: those of the file if it needs no change, otherwise those of a PNG."""
     if isinstance(raw, bytes):
         picture = examine(raw, name=entry.member)
         if picture.extension and picture.pixels.shape == (settings.resolution, settings.resolution, settings.channels):
@@ -193,10 +195,11 @@ def _prepared(settings: ShardSettings, raw: bytes | np.ndarray, entry: Entry) ->
 
 
 def read_entry(reader: ImageReader, entry: Entry) -> bytes | np.ndarray:
-    """An image file's bytes, or pixels HWC.
+    """The bytes of an image file, or the pixels of an image, uint8 HWC.
 
     Raises:
-        BadImage: the source does not give it.
+        BadImage: the image cannot be read, or is too large.
+        UserError, TrainingFailed: a store refuses access, or does not answer.
     """
     if entry.size > MAX_FILE_BYTES:
         raise BadImage(entry.member, f"{entry.size:,} bytes are more than a picture may have ({MAX_FILE_BYTES:,})")
@@ -216,12 +219,12 @@ def read_entry(reader: ImageReader, entry: Entry) -> bytes | np.ndarray:
 
 
 def size_of(entry: Entry) -> int:
-    """Bytes of an image in its source."""
+    """Size of an image in its source, in bytes."""
     return entry.size
 
 
 def _scan_own(path: Path, name: str) -> Shard:
-    """The shard's index from what lies on the disk, not from what was meant to be written."""
+    """Index of a shard, read back from its file, so that a write error of the disk is found here."""
     keys, offsets, sizes, extensions, labels, sums = [], [], [], [], [], []
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -250,12 +253,12 @@ def _scan_own(path: Path, name: str) -> Shard:
 
 
 def raise_if_problems(problems: list[ImageProblem], *, place: str, seen: int | None = None) -> None:
-    """Raises: UserError that lists the first bad images of a source.
+    """Raises UserError, with the first unusable images of a source, if there are any.
 
     Args:
-        problems: all bad images found.
+        problems: all unusable images that were found.
         place: name of the source.
-        seen: number of images examined so far; None if all were.
+        seen: number of images that have been examined; None if all have.
     """
     if not problems:
         return
@@ -272,6 +275,6 @@ def raise_if_problems(problems: list[ImageProblem], *, place: str, seen: int | N
 
 
 def chunks(entries: tuple[Entry, ...], size: int) -> Iterator[tuple[Entry, ...]]:
-    """Runs of entries of a given length, the last one perhaps shorter."""
+    """Consecutive groups of `size` entries; the last group may be shorter."""
     for start in range(0, len(entries), size):
         yield entries[start : start + size]

@@ -1,4 +1,4 @@
-"""The images at a path or URL, to be packed: files in a local folder, in a zip or in a store, or arrays in an npz."""
+"""Image sources by path or URL: files in a local folder, a zip or a store, or the arrays of an npz."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dist_gan.packing.walking import walk
 from dist_gan.types import UserError
 
 _UNIX = 3
-"""Number of Unix among the `create_system` values of a zip; only there are symbolic links marked."""
+"""Value of `create_system` in a zip written on Unix; only such zips mark symbolic links."""
 
 
 def open_source(path: str) -> ImageSource:
     """The source at a local path (a folder, a `.zip` or an `.npz`), or a folder in a store.
 
     Raises:
-        UserError: nothing there, something else there, or mistakes inside.
+        UserError: the path does not exist, is of another kind, or its contents have mistakes.
         TrainingFailed: the store does not answer.
     """
     local = storage.local_path(path)
@@ -48,10 +48,13 @@ def open_source(path: str) -> ImageSource:
 
 
 class FolderSource:
-    """Image files in a folder, with a folder for each class or none.
+    """Image files in a local folder, with a folder for each class, or without classes.
+
+    Args:
+        path: path of the folder.
 
     Raises:
-        UserError: no images, or mistakes in the tree.
+        UserError: there are no images, or the folders contain mistakes.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,10 +74,13 @@ class FolderSource:
 
 
 class ZipSource:
-    """Image files in a zip, with a folder for each class, StyleGAN's `dataset.json`, or neither.
+    """Image files in a zip, with a folder for each class, with StyleGAN's `dataset.json`, or without labels.
+
+    Args:
+        path: path of the zip.
 
     Raises:
-        UserError: no zip, a damaged or encrypted one, no images, or mistakes in the tree.
+        UserError: the file is no zip, is damaged or encrypted, holds no images, or its folders contain mistakes.
     """
 
     def __init__(self, path: str) -> None:

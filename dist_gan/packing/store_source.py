@@ -1,4 +1,4 @@
-"""Images in an object store: one listing gives names, sizes and labels; bytes are fetched when they are packed."""
+"""Images in an object store: one listing gives names, sizes and labels; each image is downloaded when it is packed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed, UserError
 
 HEAD_BYTES = 2**16
-"""So much of an image is fetched to see its size and channels; nearly always enough, else all of it is fetched."""
+"""Number of first bytes of an image that are read for its size and channels. They nearly always hold the header;
+otherwise the whole image is read."""
 
 
 class StoreSource:
-    """Image files below a URL, with a folder for each class or none.
+    """Image files below a URL, with a folder for each class, or without classes.
 
-    Folders are what the names of files show: objects that stand for empty folders say nothing.
+    Folders are derived from the names of files; empty objects that some stores keep for folders are ignored.
 
     Raises:
-        UserError: no images, mistakes in the tree, access is refused, or a store that cannot list.
+        UserError: there are no images, the folders contain mistakes, access is refused, or the store has no listing.
         TrainingFailed: the store does not answer.
     """
 
@@ -53,26 +54,35 @@ class StoreSource:
 
 
 class StoreReader:
-    """Gets at images in a store from any process and thread."""
+    """Reads the images of a `StoreSource`, in any process and thread.
+
+    Args:
+        url: URL of the folder of images.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._folder: StoreFolder | None = None
 
     def open(self, entry: Entry) -> BinaryIO:
-        """The image file, all of it. Raises: UserError, TrainingFailed: never because of what is in the file."""
+        """The whole image file, in memory.
+
+        Raises:
+            UserError: access is refused.
+            TrainingFailed: the store does not answer, or the file has been changed or removed.
+        """
         return io.BytesIO(self.read(entry.member, entry.size))
 
     def open_head(self, entry: Entry) -> BinaryIO:
-        """The beginning of the image file. Raises: as `open`."""
+        """The first `HEAD_BYTES` of the image file, in memory. Raises the same exceptions as `open`."""
         return io.BytesIO(self.read(entry.member, entry.size, HEAD_BYTES))
 
     def read(self, name: str, size: int, limit: int | None = None) -> bytes:
-        """Bytes of a file of the folder. Raises: as `open`."""
+        """Bytes of a file of the folder, at most `limit` of them. Raises the same exceptions as `open`."""
         try:
             return self._connected().read(name, size=size, limit=limit)
         except FileNotFoundError as error:
-            # No bad image, which could be left out: the source is not what was listed.
+            # TrainingFailed and not BadImage: --skip-bad must not leave out an image because the source was changed.
             raise TrainingFailed(
                 f"{storage.join(self._url, name)}: was there when the pack began and is gone; let nobody change the "
                 f"source, and start again"
@@ -88,5 +98,5 @@ class StoreReader:
 
 
 def num_requests(reader: ImageReader) -> int:
-    """How many images of a reader are worth asking for at the same time: a disk is asked for one."""
+    """Number of simultaneous requests for the images of a reader: several for a store, one for local files."""
     return fetching.MAX_REQUESTS if isinstance(reader, StoreReader) else 1

@@ -1,4 +1,4 @@
-"""Looks at the headers of all images, to find the size and the channels that nobody has given."""
+"""Determines the resolution and channels of a data set from the headers of its images, where the user gives none."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _CHUNK = 1000
 
 
 class HeaderCounts(NamedTuple):
-    """Headers of some images, counted."""
+    """Sizes and channels of some images, counted, and the images whose headers cannot be read."""
 
     sizes: Counter[tuple[int, int]]
-    """By (height, width)."""
+    """Number of images by (height, width) in pixels."""
     channels: Counter[int]
     problems: tuple[ImageProblem, ...]
 
 
 def is_resolution(side: int) -> bool:
-    """Whether networks are built for images of this side: a power of two from 16 to 1024."""
+    """Whether the networks support images of this side, in pixels: a power of two from 16 to 1024."""
     return MIN_RESOLUTION <= side <= MAX_RESOLUTION and side & (side - 1) == 0
 
 
 def count_headers(reader: ImageReader, entries: tuple[Entry, ...], tell: Tell) -> HeaderCounts:
-    """Headers of some images of a source."""
+    """Reads the headers of some images of a source and counts their sizes and channels."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
     problems: list[ImageProblem] = []
@@ -65,10 +65,11 @@ def choose_shape(
     workers: Workers[ImageReader],
     tell: Tell,
 ) -> ImageShape:
-    """Resolution and channels of the shards, as given or as all images have them.
+    """Resolution and channels of the shards: those given, or else those that all images have.
 
     Raises:
-        UserError: the images do not agree, or some are bad and not to be skipped.
+        UserError: the images differ, or some cannot be read and `skip_bad` is False.
+        TrainingFailed: a store does not answer.
     """
     if resolution is not None and channels is not None:
         return ImageShape(resolution, channels)
@@ -84,7 +85,7 @@ def choose_shape(
 
 
 def sum_counts(findings: Iterable[HeaderCounts]) -> HeaderCounts:
-    """The sum of findings."""
+    """Sum of the counts of several groups of images."""
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
     problems: list[ImageProblem] = []
@@ -107,7 +108,7 @@ def _header(reader: ImageReader, entry: Entry) -> Header:
         try:
             return header(reader.open_head(entry), name=entry.member)
         except BadImage:
-            pass  # of the beginning alone nothing can be said
+            pass  # the header may be longer than the part that was read
     if entry.size > MAX_FILE_BYTES:
         raise BadImage(entry.member, f"{entry.size:,} bytes are more than a picture may have ({MAX_FILE_BYTES:,})")
     try:

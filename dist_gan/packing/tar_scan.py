@@ -1,7 +1,7 @@
-"""Reads a tar from end to end and trusts nothing: whatever is not exactly a whole archive is an error with its place.
+"""Strict reader of tar archives: anything but a complete and valid archive raises an error with its byte offset.
 
-`tarfile` and webdataset end an archive in silence where a header is damaged or a block of zeros stands, and so lose
-the samples behind it. Here a cut archive, a bad checksum, zeros in the middle and a missing end are errors.
+`tarfile` and webdataset stop without an error at a damaged header or a block of zeros, and so lose the samples behind
+it. This reader raises an error for a truncated archive, a wrong checksum, zeros in the middle, and a missing end marker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"PK": "zip", b"\
 
 
 class DamagedTar(ValueError):
-    """An archive that is not whole: shard, byte offset and reason."""
+    """Damage in an archive: name of the archive, byte offset and reason."""
 
     def __init__(self, place: str, offset: int, reason: str) -> None:
         super().__init__(place, offset, reason)
@@ -45,20 +45,20 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Position of the first byte of the data, from the start of the archive."""
+    """Position of the first byte of the data, in bytes from the start of the archive."""
     size: int
     data: bytes | None
-    """Bytes of the member; None if it is larger than the limit of memory."""
+    """Contents of the member; None if it is larger than `hold` of the scan."""
 
 
 class TarScan:
-    """The regular files of an archive in order, with their data; iterate once.
+    """Iterator over the regular files of an archive, in order, with their data. It can be iterated once.
 
     Args:
         file: open archive, positioned at its first byte.
         size: size of the archive, in bytes.
         place: name of the archive, for errors.
-        hold: largest member whose data are read into memory, in bytes; larger members come without data.
+        hold: size, in bytes, of the largest member whose data are read into memory; larger ones are yielded without data.
 
     Attributes:
         sha256: SHA-256 of the whole archive, in hex; set after the last member.
@@ -143,13 +143,13 @@ class TarScan:
         return data
 
     def _pass(self, size: int) -> None:
-        """Reads data for the hash only."""
+        """Skips the data of a member and its padding; they are read for the hash of the archive only."""
         end = self._position + size + -size % BLOCK
         while self._position < end:
             self._read(min(_CHUNK, end - self._position), what="a file")
 
     def _read_end(self, start: int) -> None:
-        """A whole archive ends with two blocks of zeros and has only zeros behind them."""
+        """Checks the end of the archive: two blocks of zeros, and only zeros behind them."""
         if self._position == self._size:
             raise self._damage(start, "one block of zeros at the end instead of two; the archive was cut off")
         while self._position < self._size:
@@ -166,7 +166,7 @@ class TarScan:
         rest = block[:148] + block[156:]
         unsigned = sum(rest) + _CHECKSUM_AS_SPACES
         if stated != unsigned:
-            # Some old programs added the bytes as signed numbers.
+            # Some old programs computed the checksum with signed bytes.
             signed = unsigned - 256 * sum(byte > 127 for byte in rest)
             if stated != signed:
                 raise self._damage(start, self._bad_header(block, start))
@@ -208,7 +208,7 @@ class TarScan:
             if end <= space + 1 or end > len(data) or not record.endswith(b"\n") or b"=" not in record:
                 raise self._damage(start, "an extended header is damaged")
             keyword, _, value = record[:-1].partition(b"=")
-            # Records other than these (owner, times) may be binary and say nothing about the data.
+            # Other keywords, such as owner and times, may have binary values and do not concern the data.
             if keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse"):
                 records[keyword.decode("ascii", "replace")] = self._text(value, start)
             at = end

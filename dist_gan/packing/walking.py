@@ -1,4 +1,4 @@
-"""All files below a local folder; links that lead out of it are followed, and no folder is visited twice."""
+"""Lists all files below a local folder. Links that lead out of it are followed, and no folder is visited twice."""
 
 from __future__ import annotations
 

@@ -1172,30 +1172,30 @@ FAULTS = [
     # -- the folder, what is shown of a generator, the rules ----------------------------------------------------------
     (
         "one start in vain too many is allowed",
-        "dist_gan/run_folder.py",
+        "dist_gan/attempts.py",
         "    if in_vain >= limit:",
         "    if in_vain > limit:",
         (IN_VAIN,),
     ),
     (
         "one start in vain too few is allowed",
-        "dist_gan/run_folder.py",
+        "dist_gan/attempts.py",
         "    if in_vain >= limit:",
         "    if in_vain + 1 >= limit:",
         (IN_VAIN,),
     ),
     (
         "starts that ended as they should count as in vain",
-        "dist_gan/run_folder.py",
-        " or start.attempt in ended:",
+        "dist_gan/attempts.py",
+        " or attempt in self.ended:",
         ":",
         (COUNT_ANEW,),
     ),
     (
         "starts from other images count as in vain",
-        "dist_gan/run_folder.py",
-        "        if start.images != images or",
-        "        if",
+        "dist_gan/attempts.py",
+        "            if at != images or",
+        "            if",
         (COUNT_ANEW,),
     ),
     (

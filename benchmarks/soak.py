@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dist_gan import attempts
 from dist_gan.checkpoint import reader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,12 +52,11 @@ def newest_images(run: Path) -> int:
 
 def killed_once(run: Path, options: argparse.Namespace, chance: random.Random) -> bool:
     """Starts the run and kills it at a random moment of its training; whether it was killed before it ended."""
-    attempt_file = run / "attempts.jsonl"
-    begun = attempt_file.stat().st_size if attempt_file.exists() else 0
+    begun = len(attempts.read(run).began)
     process = subprocess.Popen(
         command(run, options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    while not attempt_file.exists() or attempt_file.stat().st_size == begun:
+    while len(attempts.read(run).began) == begun:
         if process.poll() is not None:
             return False
         time.sleep(0.005)
@@ -109,7 +109,7 @@ def main() -> None:
         subprocess.run(command(killed, options), check=True, capture_output=True, cwd=ROOT)
         (a, values_a), (b, values_b) = state_of(whole), state_of(killed)
         different = [n for n in a if n not in b or not torch.equal(a[n], b[n])] + sorted(b.keys() - a.keys())
-        attempts = int((killed / "attempts").read_text())
+        count = attempts.read(killed).last
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -119,7 +119,7 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "torch": torch.__version__},
         "rows": [{"processes": options.processes, "kills": kills, "kills_without_a_new_checkpoint": in_vain}],
         "summary": {
-            "kills": kills, "attempts": attempts, "different_tensors": len(different),
+            "kills": kills, "attempts": count, "different_tensors": len(different),
             "same_values": values_a == values_b, "seconds": round(time.monotonic() - began, 1),
         },
     }))  # fmt: skip

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_gan import __version__, storage
+from dist_gan import __version__
+from dist_gan.attempts import note_start
 from dist_gan.checkpoint.writer import Checkpointer
 from dist_gan.config import DataOrder, PointsData, RunConfig
 from dist_gan.config.reader import config_hash, to_yaml
@@ -24,7 +25,8 @@ from dist_gan.own_parts import NO_PARTS, ObjectiveBuilder, OwnParts
 from dist_gan.report import Report
 from dist_gan.resume import resume
 from dist_gan.run_data import data_sources
-from dist_gan.run_folder import LOGS, note_start
+from dist_gan.run_folder import LOGS, checkpoints_of
+from dist_gan.run_mirror import RunMirror
 from dist_gan.runtime import Runtime, StopRequest
 from dist_gan.saving import Saving
 from dist_gan.state import Progress, TrainState
@@ -70,6 +72,7 @@ def build(
     stop: StopRequest,
     *,
     attempt: int,
+    mirror: RunMirror | None = None,
     own: OwnParts = NO_PARTS,
     measures: Sequence[Metric] = (),
     detectors: Sequence[Detector] = (),
@@ -81,6 +84,7 @@ def build(
         runtime: this process and its process groups.
         stop: request to stop, which a signal sets.
         attempt: number of this start of the run.
+        mirror: copies of the run's files beside the checkpoints, on rank 0 of a run with `checkpoint.url`.
         own: parts of the user's own script.
         measures: measures of the run's health.
         detectors: judges of the logged scalars; a verdict rolls the run back.
@@ -98,7 +102,7 @@ def build(
     found = own.script()
     script = None if found is None else found._asdict()
     checkpointer = Checkpointer(
-        storage.join(config.run.dir, "checkpoints"),
+        checkpoints_of(config),
         runtime=runtime,
         section=config.checkpoint,
         facts={
@@ -111,6 +115,7 @@ def build(
         }
         | ({} if script is None else {"script": script}),
         logs=[folder / name for name in LOGS],
+        mirror=mirror,
     )
     resumed = resume(config, checkpointer, state, script=script)
     images, limit = state.progress.images, config.recovery.max_restarts
@@ -125,6 +130,8 @@ def build(
         resumed_at=images,
         config_yaml=to_yaml(config),
     )
+    if mirror is not None:
+        mirror.push()  # so that starts in vain are counted on other machines, too
     report = Report(tracker, runtime, state)
     report.started(resumed, attempt=attempt, config_hash=config_hash(config))
     saving = Saving(checkpointer, runtime, state, report)

@@ -64,7 +64,7 @@ def resume(
         return Resumed(None, notes, False)
     if wanted == "never":
         raise UserError(
-            f"run.resume: 'never', but {config.run.dir} holds the checkpoint {found.url}; choose another run.dir, "
+            f"run.resume: 'never', but this run has the checkpoint {found.url}; choose another run.dir (and checkpoint.url), "
             f"or run.resume=auto to go on from it"
         )
     manifest = checkpointer.load(found.url, state.parts(), may_lack=MAY_BEGIN_ANEW)

@@ -14,6 +14,13 @@ def data_sources(config: RunConfig) -> dict[str, int]:
     return config.data.sources or {storage.join(config.run.dir, "data"): 1}
 
 
+def sees_data(config: RunConfig) -> bool:
+    """True if this process sees the embedded data set that rank 0 has written, or if the shards are the user's."""
+    return not config.data.num_drawn or all(
+        storage.exists(storage.join(url, "manifest.json")) for url in data_sources(config)
+    )
+
+
 def prepare_data(config: RunConfig) -> list[str]:
     """Writes the embedded data set, or checks that the shards of the user are there and fit. Called on one rank.
 

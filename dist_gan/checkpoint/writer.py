@@ -26,6 +26,7 @@ from dist_gan.checkpoint.restoring import refuse_other_settings, restore
 from dist_gan.checkpoint.share import BackgroundHash, CommittedCheckpoint, WriteJob, deal
 from dist_gan.checkpoint.tensorfile import FileBuffer
 from dist_gan.config import CheckpointSection
+from dist_gan.run_mirror import RunMirror
 from dist_gan.runtime import Fingerprints, Runtime, raise_first
 from dist_gan.types import HasTensors, HasValues, Part, Scalars, TrainingFailed, UserError
 from dist_gan.wording import safe
@@ -40,6 +41,8 @@ class Checkpointer:
         section: settings for the retention of checkpoints.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
         logs: local log files, flushed to the disk before a checkpoint is committed.
+        mirror: copies of the run's files beside the checkpoints, and the mark of who owns them, on rank 0 of a run with
+            `checkpoint.url`; None elsewhere.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class Checkpointer:
         section: CheckpointSection,
         facts: Mapping[str, Any],
         logs: Sequence[Path] = (),
+        mirror: RunMirror | None = None,
     ) -> None:
         self.folder = folder
         self._runtime = runtime
         self._section = section
         self._facts = dict(facts)
         self._logs = tuple(logs)
+        self._mirror = mirror
         self._serial: int | None = None
         self._buffer: FileBuffer | None = None
         self._thread: threading.Thread | None = None
@@ -179,6 +184,7 @@ class Checkpointer:
         if job.ready is not None:
             job.ready.synchronize()
         runtime.writer_group.compare_replicas(job.fingerprints)
+        raise_first([runtime.writer_group.share_json(self._owner_problem())])
         data = buffer.bytes()
         digest = BackgroundHash(data)
         problem, written = None, {}
@@ -206,6 +212,18 @@ class Checkpointer:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
         raise_first([runtime.writer_group.share_json(problem)])
 
+    def _owner_problem(self) -> str | None:
+        """Reason for which this launch may not write, on rank 0: another one has taken the checkpoints over."""
+        try:
+            self._check_owner()
+        except (UserError, TrainingFailed) as error:
+            return str(error)
+        return None
+
+    def _check_owner(self) -> None:
+        if self._mirror is not None:
+            self._mirror.check_owner()
+
     def _commit(self, job: WriteJob, files: list[Any]) -> None:
         manifest = {
             "format": schema.FORMAT,
@@ -225,7 +243,10 @@ class Checkpointer:
         data = json.dumps(manifest, indent=1).encode()
         for log in self._logs:  # in this thread, so that training does not wait for the disk
             storage.sync_file(log)
+        if self._mirror is not None:
+            self._mirror.push()
         storage.publish(storage.join(job.url, "manifest.json"), data)
+        self._check_owner()
         storage.publish(storage.join(job.url, reader.COMMIT), hashlib.sha256(data).hexdigest().encode())
 
     # -- retention ------------------------------------------------------------------------------------------------
@@ -237,21 +258,25 @@ class Checkpointer:
             print(safe(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})"), flush=True)
 
     def _retire(self, newest: str) -> None:
+        self._check_owner()
         retention.retire(self.folder, newest, self._section)
 
     # -- marks ----------------------------------------------------------------------------------------------------
 
     def mark_healthy(self, url: str) -> None:
         """Says that training went on well from a checkpoint. Rank 0 alone."""
+        self._check_owner()
         if storage.exists(storage.join(url, reader.COMMIT)):
             storage.publish(storage.join(url, reader.HEALTHY), b"")
 
     def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
         """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
+        self._check_owner()
         retention.intend_rollback(self.folder, target, intent)
 
     def abandon_after(self, target: str) -> None:
         """Marks every checkpoint newer than `target`. Rank 0 alone."""
+        self._check_owner()
         retention.abandon_after(self.folder, target)
 
     def intended_rollback(self) -> dict[str, Any] | None:
@@ -265,6 +290,7 @@ class Checkpointer:
 
     def end_rollback(self) -> None:
         """Says that the rollback's own checkpoint has been committed. Rank 0 alone."""
+        self._check_owner()
         retention.end_rollback(self.folder)
 
     # -- loading --------------------------------------------------------------------------------------------------

@@ -170,12 +170,24 @@ def what_the_run_starts_from_can_be_read(config: RunConfig, world_size: int) -> 
         "run.dir": run.dir if scheme_of(run.dir) == "file" else None,
         "run.resume": None if run.resume in ("auto", "never") else run.resume,
         "run.init_from": run.init_from,
+        "checkpoint.url": config.checkpoint.url,
     }
     return [
         Mistake((place,), text)
         for place, url in starts.items()
         if url is not None and (text := _refusal(url, place=place)) is not None
     ]
+
+
+def checkpoints_go_where_files_can_be_written(config: RunConfig, world_size: int) -> Mistake | None:
+    """An HTTP server takes no files."""
+    url = config.checkpoint.url
+    if url is None or scheme_of(url) not in ("http", "https"):
+        return None
+    return Mistake(
+        ("checkpoint.url",),
+        f"checkpoint.url: {redact(url)!r}: an HTTP server takes no files; give a bucket (s3://bucket/run) or a local folder",
+    )
 
 
 def the_best_checkpoint_is_that_of_a_logged_scalar(config: RunConfig, world_size: int) -> Mistake | None:
@@ -241,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     the_disk_cache_is_on_a_disk,
     the_run_is_in_a_local_folder,
     what_the_run_starts_from_can_be_read,
+    checkpoints_go_where_files_can_be_written,
     the_best_checkpoint_is_that_of_a_logged_scalar,
     penalties_are_of_each_image,
     smoothed_labels_need_targets,

@@ -157,6 +157,8 @@ class LogSection(Section):
 class CheckpointSection(Section):
     """Frequency and retention of checkpoints."""
 
+    url: Place | None = None
+    """Folder that keeps checkpoints/ and copies of the logs, such as s3://bucket/run; None: `run.dir`, seen by all machines."""
     every: Annotated[Count, Field(gt=0)] = 40_000
     """Interval, in images, at which a checkpoint is saved. The end of the run saves one, too."""
     keep: Annotated[Count, Field(ge=2, le=10**6)] = 3

@@ -12,14 +12,11 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from dist_gan import storage
-from dist_gan.process import terminal
 from dist_gan.process.last_words import DISK_TROUBLE, STEP_WITHIN_S, say_last, within, write_error_file
-from dist_gan.process.outcome import images_of, newest_commit, outcome_of, refuse, write_outcome
-from dist_gan.run_folder import RunFolder, is_attempt_of, note_end
+from dist_gan.process.outcome_writer import PREEMPTED, OutcomeWriter
 from dist_gan.runtime import (
     EndNotice,
     LostRanks,
@@ -36,7 +33,7 @@ from dist_gan.state import Progress
 from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import report, safe
 
-FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED, PREEMPTED = 0, 1, 2, 3, 75
+FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED = 0, 1, 2, 3
 _RANK_ZERO_FIRST_S = 2.0
 """Seconds for which other ranks let rank 0 report an error that all ranks meet; rank 0 may find it a moment later."""
 _OUTCOME_WITHIN_S = 8.0
@@ -51,14 +48,12 @@ class Ending:
 
     Args:
         run_dir: the run's folder; None where it is not known.
+        checkpoints: URL of the folder that holds the run's checkpoints; None where it is not known.
     """
 
-    def __init__(self, run_dir: str | None) -> None:
+    def __init__(self, run_dir: str | None, checkpoints: str | None = None) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.run_dir = Path(run_dir) if run_dir is not None else None
-        self.folder: RunFolder | None = None
-        """The run's folder, on rank 0 once it owns it; None otherwise."""
-        self.attempt: int | None = None
+        self.outcome = OutcomeWriter(run_dir, checkpoints, rank=self.rank)
         self.meeting: Meeting | None = None
         self.runtime: Runtime | None = None
         self.progress: Progress | None = None
@@ -79,8 +74,10 @@ class Ending:
         shown = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
         outcome = "finished" if stopped_by is None else "preempted"
         reason = "" if stopped_by is None else f"asked to stop by {stopped_by}"
-        if self.folder is not None:
-            self.folder.write_outcome(outcome, code=code, images=images, reason=reason, commit=commit)
+        folder = self.outcome.folder
+        if folder is not None:
+            folder.write_outcome(outcome, code=code, images=images, reason=reason, commit=commit)
+            self.outcome.copy_logs()
             self._said = EndNotice(self.rank, outcome, shown, reason, at_end=True)
             if self.meeting is not None:
                 self.meeting.publish_notice(self._said)
@@ -109,7 +106,7 @@ class Ending:
             case MeetingFailed():
                 return self.leave("crashed", code=CRASHED, reason=str(error))
             case OSError() if error.errno in DISK_TROUBLE:
-                reason = f"cannot write {error.filename or self.run_dir}: {storage.why(error)}"
+                reason = f"cannot write {error.filename or self.outcome.run_dir}: {storage.why(error)}"
                 return self.leave("failed", code=FAILED, reason=reason)
             case RuntimeError() if self.runtime is not None and self.world_size > 1:
                 lost = self.runtime.find_lost_ranks()  # a failed collective is usually the consequence of a lost rank
@@ -192,7 +189,7 @@ class Ending:
         meeting = self.meeting
         if meeting is None:
             return notice
-        began = self.attempt is not None
+        began = self.outcome.attempt is not None
         found: list[EndNotice] = []
 
         def ask() -> None:
@@ -211,23 +208,30 @@ class Ending:
         return found[0] if found else notice
 
     def _speak(self, notice: EndNotice, error: BaseException | None) -> None:
-        within(lambda: self._write(notice))
+        self._write_outcome(notice)
         if error is not None:
             within(lambda: print(report("".join(traceback.format_exception(error))), file=sys.stderr, flush=True))
         within(lambda: say_last(notice.reason, launcher_waits=self._launcher_waits()))
         kill_unreachable_ranks(notice)
+        self.outcome.copy_logs()
         self._wait_for_the_others(notice)
+
+    def _write_outcome(self, notice: EndNotice) -> None:
+        images = self.progress.images if self.progress is not None else 0
+        within(lambda: self.outcome.write(notice, images=images), seconds=self.outcome.seconds)
 
     def _hear(self, notice: EndNotice) -> None:
         """Ends a rank that did not issue the notice; the owner of the run's folder writes the outcome if it is missing."""
-        if self.folder is not None and not notice.at_end:
-            within(lambda: self._write(notice))
+        if self.outcome.folder is not None and not notice.at_end:
+            self._write_outcome(notice)
         if not notice.at_end:
             write_error_file(f"left with rank {notice.rank}, which has ended the run", time.time())
         kill_unreachable_ranks(notice)
         meeting = self.meeting
         if meeting is not None and self._said is None:
             within(meeting.confirm_notice)
+        if not notice.at_end:
+            self.outcome.copy_logs()
         self._wait_for_the_others(notice)
 
     def _wait_for_the_others(self, notice: EndNotice) -> None:
@@ -243,13 +247,22 @@ class Ending:
             return CRASHED
         notice = EndNotice(self.rank, "crashed", CRASHED, reason)
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            deadline = time.monotonic() + (_OUTCOME_WITHIN_S if self.folder is None else 0.0)
-            while not self._has_outcome() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            if not self._has_outcome():
-                within(lambda: self._write(notice))
+            deadline = time.monotonic() + (_OUTCOME_WITHIN_S if self.outcome.folder is None else 0.0)
+            told: list[bool] = []
+            within(lambda: told.append(self._is_told_by(deadline)), seconds=2 * _OUTCOME_WITHIN_S)
+            if told != [True]:
+                self._write_outcome(notice)
             within(lambda: say_last(reason, launcher_waits=self._launcher_waits()))
+            self.outcome.copy_logs()
         return CRASHED
+
+    def _is_told_by(self, deadline: float) -> bool:
+        """True if another rank writes the outcome before `deadline`, a value of `time.monotonic`."""
+        while not self.outcome.exists():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        return True
 
     def _stopped(self, name: str) -> int:
         """Ends the run because of a stop signal before training began; returns the exit code."""
@@ -273,43 +286,6 @@ class Ending:
         if meeting is not None:
             within(lambda: found.append(meeting.objection()))
         return found[0] if found else None
-
-    # -- what is left behind --------------------------------------------------------------------------------------
-
-    def _has_outcome(self) -> bool:
-        if self.run_dir is None or self.attempt is None:
-            return False
-        return outcome_of(self.run_dir, self.attempt) is not None
-
-    def _write(self, notice: EndNotice) -> None:
-        """Writes the outcome of this attempt, unless the rank that issued the notice has written it."""
-        folder, attempt = self.run_dir, self.attempt
-        if folder is None or attempt is None or not (self.folder or is_attempt_of(folder, attempt)):
-            if self.rank == 0 and attempt is None and notice.outcome == "configuration_wrong":
-                refuse(folder, reason=notice.reason)
-            return
-        if notice.rank != self.rank:
-            deadline = time.monotonic() + _LOOK_S
-            while not self._has_outcome() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if self._has_outcome():
-                return
-        commit = newest_commit(folder)
-        images = max(images_of(commit), self.progress.images if self.progress is not None else 0)
-        try:
-            write_outcome(
-                folder,
-                notice.outcome,
-                code=_own_code(notice),
-                images=images,
-                reason=notice.reason,
-                attempt=attempt,
-                commit=commit,
-            )
-        except TrainingFailed as error:
-            terminal.say(f"outcome.json could not be written: {error}")
-        if notice.outcome == "preempted":
-            note_end(folder, attempt=attempt, outcome="preempted")
 
     def _launcher_waits(self) -> bool:
         return self._launcher is not None and not self._launcher.has_ended()
@@ -350,22 +326,15 @@ class Ending:
     def close(self, code: int) -> None:
         """Releases the run's folder and the signals; exits at once if waiting for other ranks could block."""
         self._done.set()
-        if self.attempt is not None and self.world_size > 1 and self._leaving.locked():
+        if self.outcome.attempt is not None and self.world_size > 1 and self._leaving.locked():
             self.exit(code)
-        if self.folder is not None:
-            self.folder.close()
+        self.outcome.close()
         if self.stop is not None:
             self.stop.close()
 
     def exit(self, code: int) -> NoReturn:
         """Ends the process at once, without waiting for threads, process groups or open files."""
-        if self.folder is not None:
-            within(self.folder.close)
+        within(self.outcome.close)
         for stream in (sys.stdout, sys.stderr):
             within(stream.flush)
         os._exit(code)
-
-
-def _own_code(notice: EndNotice) -> int:
-    """Exit code recorded in `outcome.json`; a restarting launcher may be given another."""
-    return PREEMPTED if notice.outcome == "preempted" else notice.code

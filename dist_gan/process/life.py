@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dist_gan.attempts import Claim
 from dist_gan.build import Run, build
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import to_yaml
@@ -18,11 +19,12 @@ from dist_gan.own_parts import NO_PARTS, OwnParts
 from dist_gan.process import terminal
 from dist_gan.process.ending import Ending
 from dist_gan.process.last_words import silent_about_full_disks, within
-from dist_gan.run_data import prepare_data
-from dist_gan.run_folder import RunFolder, sees_attempt
+from dist_gan.run_data import prepare_data, sees_data
+from dist_gan.run_folder import RunFolder, checkpoints_of, claim_of, mirror_of
+from dist_gan.run_mirror import sees_claim
 from dist_gan.runtime import EndNotice, MeetingFailed, Runtime, StopRequest, open_meeting, read_launch_settings
 from dist_gan.trainer import fit
-from dist_gan.types import UserError
+from dist_gan.types import TrainingFailed, UserError
 
 _REFUSAL_WITHIN_S = 20.0
 """Time limit, in seconds, of waiting for the other ranks when a start is refused before its settings are known."""
@@ -43,7 +45,7 @@ def run(config: RunConfig, *, own: OwnParts = NO_PARTS) -> int:
         own: parts of the user's own script, as handed to `dist_gan.train`.
     """
     with terminal.unbreakable(), silent_about_full_disks():
-        ending = Ending(config.run.dir)
+        ending = Ending(config.run.dir, checkpoints_of(config))
         ending.watch_launcher()
         parts: list[Run] = []
         try:
@@ -82,25 +84,28 @@ def _run(config: RunConfig, ending: Ending, own: OwnParts, parts: list[Run]) -> 
     launch_settings = read_launch_settings(config, os.environ, gpus=torch.cuda.device_count())
     if ending.rank == 0:
         with stop.deferred():
-            ending.folder = RunFolder(config)
-            ending.attempt = ending.folder.attempt
-        for note in (*ending.folder.notes, *prepare_data(config)):
+            ending.outcome.folder = folder = RunFolder(config)
+            ending.outcome.attempt = folder.attempt
+        folder.take_home()
+        for note in (*folder.notes, *prepare_data(config)):
             terminal.say(note)
-        if meeting is not None and (notice := meeting.admit_ranks(ending.attempt, patience_s=patience_s)) is not None:
+        if meeting is not None and (notice := meeting.admit_ranks(folder.attempt, patience_s=patience_s)) is not None:
             return ending.refused_by(notice)
     elif meeting is not None:
         answer = meeting.join(patience_s=patience_s)
         if isinstance(answer, EndNotice):
             return ending.refused_by(answer)
-        ending.attempt = answer
+        ending.outcome.attempt = answer
     ending.runtime = runtime = Runtime(
         config.runtime, launch_settings, meeting=meeting, on_lost=ending.lost, on_notice=ending.heard
     )
     ending.meeting = runtime.meeting  # the process groups own the first connection from here on
     _refuse_strangers(config, runtime, own)
-    attempt = runtime.control_group.share_json(ending.attempt)
-    _refuse_a_private_folder(config, runtime, attempt=attempt)
-    run = build(config, runtime, stop, attempt=attempt, own=own)
+    claim = Claim(*runtime.control_group.share_json(claim_of(ending.outcome.folder)))
+    ending.outcome.claim = claim
+    _refuse_private_checkpoints(config, runtime, claim)
+    _prepare_data_of_this_machine(config, runtime)
+    run = build(config, runtime, stop, attempt=claim.attempt, mirror=mirror_of(ending.outcome.folder), own=own)
     parts.append(run)
     ending.progress = run.state.progress
     stop.training_begins()
@@ -132,16 +137,38 @@ def _refuse_strangers(config: RunConfig, runtime: Runtime, own: OwnParts) -> Non
             )
 
 
-def _refuse_a_private_folder(config: RunConfig, runtime: Runtime, *, attempt: int) -> None:
-    """Raises unless all ranks see the run folder of rank 0."""
-    blind = None if sees_attempt(Path(config.run.dir), attempt) else f"rank {runtime.rank} on {platform.node()}"
+def _refuse_private_checkpoints(config: RunConfig, runtime: Runtime, claim: Claim) -> None:
+    """Raises unless all ranks see the folder of the checkpoints as rank 0 does; each of them writes there."""
+    error: UserError | TrainingFailed | None = None
+    blind: str | None = None
+    try:
+        if not sees_claim(Path(config.run.dir), claim):
+            blind = f"rank {runtime.rank} on {platform.node()}"
+    except (UserError, TrainingFailed) as found:
+        error = found
+    runtime.control_group.raise_together(error)
     names = [name for name in runtime.control_group.gather_json(blind) if name is not None]
-    if not names:
-        return
-    raise UserError(
-        f"run.dir: {', '.join(names)} does not see {config.run.dir} as rank 0 does; choose a run.dir on a disk that all "
-        f"machines share"
-    )
+    if names and claim.home:
+        raise UserError(
+            f"checkpoint.url: {', '.join(names)} does not see {claim.home} as rank 0 does; choose a store, or a folder on a "
+            f"disk that all machines share"
+        )
+    if names:
+        raise UserError(
+            f"run.dir: {', '.join(names)} does not see {config.run.dir} as rank 0 does; choose a run.dir on a disk that all "
+            f"machines share, or keep the checkpoints in a store: checkpoint.url=s3://bucket/run"
+        )
+
+
+def _prepare_data_of_this_machine(config: RunConfig, runtime: Runtime) -> None:
+    """Writes the embedded data set on every machine that does not see rank 0's; the pictures are the same everywhere."""
+    error: UserError | TrainingFailed | None = None
+    if runtime.rank != 0 and os.environ.get("LOCAL_RANK", "0") == "0" and not sees_data(config):
+        try:
+            prepare_data(config)
+        except (UserError, TrainingFailed) as found:
+            error = found
+    runtime.control_group.raise_together(error)
 
 
 def code_hash() -> str:

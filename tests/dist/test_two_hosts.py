@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from dist_gan import attempts
 from tests.conftest import ROOT, environment, launch
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 
@@ -146,7 +147,7 @@ def test_two_hosts_train_to_the_weights_of_one_survive_a_cut_cable_and_resume(
         assert process.wait(timeout=120) == 0
     assert outcome(two)["outcome"] == "finished"
     assert [e["event"] for e in events(two) if e["event"] in ("start", "resume", "end")] == ["start", "resume", "end"]
-    assert (two / "run.lock").read_text().endswith("on host-a")
+    assert attempts.read(two).owner.by.endswith("on host-a")
     assert_same_state(one, two)
 
 

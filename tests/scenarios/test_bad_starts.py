@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str, code
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["code"] == code
     assert outcome["reason"] in message
-    left = {p.name for p in run.iterdir()} - {"outcome.json", "run.lock", "attempts", "config.yaml"}
+    left = {p.name for p in run.iterdir()} - {"outcome.json", "attempts.jsonl", "config.yaml"}
     assert not left, f"a refused start left {left}"
     return message
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_gan.attempts import read as read_attempts
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 from tests.slurm.cluster import Cluster, command_line, wait_until
 from tests.slurm.conftest import outside_slurm
@@ -83,7 +84,8 @@ def test_without_arguments_two_nodes_train_the_embedded_recipe_to_the_weights_of
     assert end["Restarts"] == "0"
     run = project / "runs" / f"slurm-{job}"
     assert "finished" in said(project, job)
-    assert (run / "run.lock").read_text().endswith("on n0" if cluster.separate else ""), "rank 0 is on the first node"
+    owner = read_attempts(run).owner
+    assert owner.by.endswith("on n0" if cluster.separate else ""), "rank 0 is on the first node"
     assert events(run)[0]["world_size"] == 2
     assert_same_state(reference, run)
     assert "finished: 640 images" in (run / "slurm" / "node-0.log").read_text()

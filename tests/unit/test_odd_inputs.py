@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_gan import cli
+from dist_gan import attempts, cli
+from dist_gan.attempts import NOBODY
 from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.data.manifest import Manifest, Shard
@@ -93,32 +94,43 @@ def test_a_path_in_a_zip_that_is_deeper_than_any_folder_is_refused_before_its_fo
     assert len(folders_of(["a/" * 60 + "0.png"], place="z")) == 60
 
 
-def test_a_run_lock_that_is_a_link_leaves_the_file_that_it_leads_to_as_it_is(tmp_path: Path) -> None:
+def test_a_log_of_attempts_that_is_a_link_leaves_the_file_that_it_leads_to_as_it_is(tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.write_text("chapter 1")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.lock").symlink_to(precious)
-    with pytest.raises(UserError, match="cannot write in"):
+    (tmp_path / "run" / "attempts.jsonl").symlink_to(precious)
+    with pytest.raises(UserError, match=r"attempts\.jsonl is a symbolic link"):
         RunFolder(_config(tmp_path / "run"))
     assert precious.read_text() == "chapter 1"
 
 
-def test_whoever_holds_a_run_lock_is_named_in_one_short_line_whatever_stands_in_it(tmp_path: Path) -> None:
-    with open(tmp_path / "run.lock", "wb") as lock:
-        lock.write(b"\xff\x1b[31m process 7 on h\ndist_gan: finished " + b"x" * 100_000)
+@pytest.mark.parametrize(
+    ("by", "named"),
+    [("process 7 on h", "process 7 on h"), ("x" * 100_000, "another process"), (b"\xff", "another process")],
+)
+def test_whoever_holds_a_run_folder_is_named_in_one_short_line_whatever_stands_in_it(
+    tmp_path: Path, by: str | bytes, named: str
+) -> None:
+    claim = NOBODY._replace(attempt=1, run="a", token="b", by=by if isinstance(by, str) else "")._asdict()
+    with open(tmp_path / "attempts.jsonl", "wb") as lock:
+        lock.write(json.dumps(claim).encode() + b"\n" if isinstance(by, str) else by)
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is in use by .*process 7 on h") as refused:
+        with pytest.raises(UserError, match=f"is in use by {named};") as refused:
             RunFolder(_config(tmp_path))
     assert len(str(refused.value)) < 1000
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_lock_says_whose_it_is_and_nothing_of_who_had_it_before(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text("process 1234567890 on a machine with a long name")
-    folder = RunFolder(_config(tmp_path))
-    assert (tmp_path / "run.lock").read_text() == f"process {os.getpid()} on {os.uname().nodename}"
-    folder.close()
+def test_the_last_claim_says_whose_a_run_is(tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = RunFolder(_config(tmp_path))
+        assert attempts.read(tmp_path).owner == folder.claim
+        assert (folder.claim.attempt, folder.claim.by) == (number, f"process {os.getpid()} on {os.uname().nodename}")
+        folder.close()
+    first, second = attempts.read(tmp_path).claims
+    assert first.run == second.run
+    assert first.token != second.token
 
 
 def test_a_folder_of_a_mixture_is_the_same_one_with_a_slash_at_its_end_or_a_detour() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from dist_gan import records, storage
+from dist_gan.attempts import Claim, note_end, note_start
 from dist_gan.config.reader import load_config
 from dist_gan.records import Damaged, Record
-from dist_gan.run_folder import RunFolder, note_end, note_start, sees_attempt
+from dist_gan.run_folder import RunFolder
+from dist_gan.run_mirror import sees_claim
 from dist_gan.tracker import Tracker
 from dist_gan.types import TrainingFailed, UserError
 
@@ -85,19 +88,40 @@ def test_an_odd_counter_of_attempts_is_named_and_counted_anew_from_the_log(tmp_p
         note_start(run, attempt=number, images=number, limit=9)
         folder.close()
     (run / "attempts").write_bytes(odd)
-    assert not sees_attempt_at_once(run, 4)
+    assert not sees_at_once(run, folder.claim._replace(attempt=4))
     folder = run_folder(run)
     assert folder.attempt == 4
     assert [note for note in folder.notes if str(run / "attempts") in note]
-    assert sees_attempt(run, 4)
+    assert sees_claim(run, folder.claim)
     folder.close()
 
 
-def sees_attempt_at_once(run: Path, attempt: int) -> bool:
+def sees_at_once(run: Path, claim: Claim) -> bool:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_gan.run_folder.SEEN_WITHIN_S", 0.0)
+        patch.setattr("dist_gan.run_mirror._SEEN_WITHIN_S", 0.0)
         patch.setattr("time.sleep", lambda seconds: None)
-        return sees_attempt(run, attempt)
+        return sees_claim(run, claim)
+
+
+def test_a_run_folder_of_an_earlier_version_resumes_and_its_three_files_become_one(tmp_path: Path) -> None:
+    (tmp_path / "attempts").write_text("7\n")
+    (tmp_path / "run.lock").write_text("process 1 on host-a")
+    lines = [{"attempt": 6, "images": 0}, {"attempt": 6, "ended": "preempted"}, {"attempt": 7, "images": 0}]
+    (tmp_path / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with open(tmp_path / "run.lock") as old:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by another process"):
+            run_folder(tmp_path)
+    folder = run_folder(tmp_path)
+    assert folder.attempt == 8
+    assert folder.notes == []
+    assert not {"attempts", "run.lock"} & {path.name for path in tmp_path.iterdir()}
+    assert "1 attempts in a row began at 0 images" in str(note_start(tmp_path, attempt=8, images=0, limit=1))
+    folder.close()
+    folder = run_folder(tmp_path)
+    assert folder.attempt == 9
+    assert folder.claim.run
+    folder.close()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +166,7 @@ def test_nothing_is_rewritten_where_nothing_is_to_be_set_aside(tmp_path: Path) -
     assert not list(tmp_path.glob("metrics.*.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["outcome.json", "attempts", "attempts.jsonl", "metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("name", ["outcome.json", "attempts.jsonl", "metrics.jsonl", "events.jsonl"])
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_a_folder_or_a_pipe_where_a_file_has_to_be_is_refused_with_its_name(
     tmp_path: Path, name: str, kind: str

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_gan.attempts import note_end, note_start
 from dist_gan.checkpoint import reader
 from dist_gan.export import export_generator
-from dist_gan.run_folder import note_end, note_start
 from dist_gan.types import TrainingFailed, UserError
 from tests.games import lines, started, trained
 

@@ -98,9 +98,9 @@ def _main(arguments: Sequence[str], own: OwnParts | None) -> int:
             print(safe(line))
         return 0
     from dist_gan.own_parts import NO_PARTS
-    from dist_gan.process.life import run
+    from dist_gan.process.life import leave, run
 
-    return run(config, own=own or NO_PARTS)
+    return leave(run(config, own=own or NO_PARTS))
 
 
 def help_text() -> str:

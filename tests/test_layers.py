@@ -34,8 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "runtime.*", "data.*", "packing.*", "embedded.*", "tracker", "checkpoint.schema", "checkpoint.reader",
         "checkpoint.retention", "checkpoint.share", "checkpoint.restoring", "checkpoint.writer", "scalars", "process.outcome",
-        "attempts", "run_mirror", "run_folder", "export", "project", "health.monitor", "health.candidate", "metrics.*", "evaluate",
-        "own_parts",
+        "attempts", "run_mirror", "run_folder", "export", "project", "health.monitor", "health.candidate", "metrics.*",
+        "evaluate", "own_parts",
     ),
     (
         "run_data", "health.recovery", "state", "step", "sampling", "resume", "report", "saving", "build", "trainer",

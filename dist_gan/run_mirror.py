@@ -95,6 +95,14 @@ class RunMirror:
                 f"and ends; start one launch at a time"
             )
 
+    def owner_problem(self) -> str | None:
+        """The sentence of `check_owner`; None if this launch is the owner."""
+        try:
+            self.check_owner()
+        except (UserError, TrainingFailed) as error:
+            return str(error)
+        return None
+
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def push(self) -> None:

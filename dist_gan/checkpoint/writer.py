@@ -184,7 +184,7 @@ class Checkpointer:
         if job.ready is not None:
             job.ready.synchronize()
         runtime.writer_group.compare_replicas(job.fingerprints)
-        raise_first([runtime.writer_group.share_json(self._owner_problem())])
+        raise_first([runtime.writer_group.share_json(self._mirror.owner_problem() if self._mirror else None)])
         data = buffer.bytes()
         digest = BackgroundHash(data)
         problem, written = None, {}
@@ -211,14 +211,6 @@ class Checkpointer:
             except Exception as error:
                 problem = f"cannot finish {storage.redact(job.url)}: {type(error).__name__}"
         raise_first([runtime.writer_group.share_json(problem)])
-
-    def _owner_problem(self) -> str | None:
-        """Reason for which this launch may not write, on rank 0: another one has taken the checkpoints over."""
-        try:
-            self._check_owner()
-        except (UserError, TrainingFailed) as error:
-            return str(error)
-        return None
 
     def _check_owner(self) -> None:
         if self._mirror is not None:

@@ -76,6 +76,7 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
     "networks_make_what_the_data_are": (["data.kind=points"], 1, ["networks.kind"]),
     "networks_have_the_size_of_the_shapes": (["networks.resolution=64"], 1, ["networks.resolution"]),
     "networks_have_the_classes_of_the_data": (["networks.classes=11"], 1, ["networks.classes"]),
+    "checkpoints_go_where_files_can_be_written": (["checkpoint.url=https://host/run"], 1, ["checkpoint.url"]),
     "every_process_has_a_lane": (["data.lanes=3"], 4, ["data.lanes"]),
     "folders_of_shards_can_be_read": (
         ["data.kind=shards", "data.url=ftp://a/b", "data.mix={ftp://c/d: 1, /e: 1}"], 1, ["data.url", "data.mix"],

@@ -120,7 +120,7 @@ def test_an_error_keeps_its_own_lines_wherever_it_goes() -> None:
 
 def test_what_is_kept_of_a_run_holds_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = "pipe:x s3://u:SECRET@b/x\x1b[31m\ndist_gan: finished"
-    write_outcome(tmp_path, "failed", code=3, reason=bad)
+    write_outcome(str(tmp_path), "failed", code=3, reason=bad)
     tracker = Tracker(tmp_path, enabled=True, attempt=1, total=10, resumed_at=0, config_yaml=f"run:\n  dir: {bad}\n")
     tracker.say(bad)
     tracker.event("bad_sample", images=3, key=bad, notes=[bad, {bad: 1}])

@@ -31,7 +31,12 @@ def start(arguments: Sequence[str]) -> int:
     # torch reads this variable once, when it is imported: waiting threads sleep instead of spinning. With spinning, one
     # other busy process (or our own decoder) made a step of small networks seven times slower; measured on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return main(arguments)
+    code = main(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from dist_gan.process.last_words import leave
+
+        leave(code)
+    return code
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -98,9 +103,9 @@ def _main(arguments: Sequence[str], own: OwnParts | None) -> int:
             print(safe(line))
         return 0
     from dist_gan.own_parts import NO_PARTS
-    from dist_gan.process.life import leave, run
+    from dist_gan.process.life import run
 
-    return leave(run(config, own=own or NO_PARTS))
+    return run(config, own=own or NO_PARTS)
 
 
 def help_text() -> str:

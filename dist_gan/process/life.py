@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,19 +57,6 @@ def run(config: RunConfig, *, own: OwnParts = NO_PARTS) -> int:
             within(part.state.stream.close)
         ending.close(code)
         return code
-
-
-def leave(code: int) -> int:
-    """Ends a process of a launch of several ranks with an exit code; returns the code for a lone process.
-
-    The interpreter is not taken down: destroying connections that threads of torch still use can abort a process whose
-    run has finished, and the launcher would report a failure.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for stream in (sys.stdout, sys.stderr):
-            within(stream.flush)
-        os._exit(code)
-    return code
 
 
 def refuse_start(mistake: UserError, run_dir: str | None) -> int:

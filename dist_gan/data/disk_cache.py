@@ -1,7 +1,7 @@
 """Cache of reads from a store, on a local disk, for the next pass and for the other processes of the machine.
 
-    FOLDER/3f/3fa9...            one read, named by the hash of URL, version of the object, and range
-    FOLDER/.bytes                total bytes of all of them; locked while it is changed
+    FOLDER/3f/3fa9...            bytes of one read, named by the hash of URL, version of the object, and byte range
+    FOLDER/.bytes                total size of these files, in bytes; a process locks it while changing the folder
 
 A file appears complete, by a rename, or not at all; one of the wrong size counts as absent. A process that finds the
 folder over its limit deletes the least recently used files. A process that dies leaves at most a temporary file, which
@@ -34,27 +34,29 @@ _FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]
 _DIGITS = 20
 """Largest number of digits of the total in `.bytes`."""
 _FORGOTTEN_S = 600.0
-"""Age from which a temporary file has no writer any more."""
+"""Age, in seconds, after which a temporary file is taken to be left by a dead process, and is deleted."""
 _ROOM = 0.1
-"""Share of the limit that a clearing frees, so that it is rare."""
+"""Share of the size limit that is freed when the limit is exceeded, so that files are seldom deleted."""
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class _File(NamedTuple):
+    """A cached file: time of its last use in seconds, size and path. Sorting puts the least recently used first."""
+
     used: float
     bytes: int
     path: str
 
 
 class DiskCache:
-    """A folder of reads, at most so many bytes of them; for any number of threads and processes of one machine.
+    """A cache of limited size in a local folder, shared by any number of threads and processes of one machine.
 
     Args:
-        folder: it is made if it is not there.
-        limit: bytes that the files may take.
+        folder: path of the folder, which is created if it is absent.
+        limit: largest total size of the files, in bytes.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str, *, limit: int) -> None:
@@ -93,7 +95,7 @@ class DiskCache:
         return data if data is not None and len(data) == size else None
 
     def put(self, name: str, data: bytes) -> None:
-        """Keeps bytes under a name; a disk that takes nothing more is no error, only slower."""
+        """Stores bytes under a name; does nothing if they cannot be written, for example because the disk is full."""
         path = self._path(name)
         temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
         try:
@@ -116,7 +118,8 @@ class DiskCache:
                 temporary.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
-        """Forgets what turned out to be damaged; what cannot be removed is found damaged again."""
+        """Deletes the bytes under a name, because they are damaged; errors are ignored, since a later read detects the damage
+        again."""
         path = self._path(name)
         with suppress(OSError):
             if not _is_ours(os.lstat(path.parent)):
@@ -131,7 +134,7 @@ class DiskCache:
         return self._folder / digest[:2] / digest
 
     def _clear(self, count: _Count, *, limit: int) -> None:
-        """Counts what is there and deletes the least recently used beyond a limit."""
+        """Sums the sizes of all files, and deletes the least recently used ones until `limit` bytes are left."""
         files = sorted(self._files())
         count.total = sum(file.bytes for file in files)
         for file in files:
@@ -158,7 +161,7 @@ class DiskCache:
 
     @contextmanager
     def _counted(self) -> Iterator[_Count]:
-        """The number of bytes in the folder, for this process alone while it is being changed."""
+        """Context with the total size of the files, locked against other processes; written back at the end."""
         handle = _opened(self._folder / _BYTES, os.O_RDWR | os.O_CREAT)
         with open(handle, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -173,6 +176,8 @@ class DiskCache:
 
 
 class _Count:
+    """Total size of the cached files, in bytes, while `.bytes` is locked."""
+
     def __init__(self, total: int) -> None:
         self.total = total
 

@@ -1,4 +1,5 @@
-"""`manifest.json`: what lies in a folder of shards, to the byte; written last, and all that training trusts."""
+"""Reads and writes `manifest.json`, the description of a folder of shards: keys, byte offsets, labels and hashes. It is
+written after all shards, and training takes every fact about the data from it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def read_manifest(url: str) -> Manifest:
     """The manifest of a folder of shards.
 
     Raises:
-        UserError: there is none, it cannot be read, or it contradicts itself.
+        UserError: there is no manifest, it cannot be read, or its entries contradict each other.
     """
     place = storage.join(url, NAME)
     shown = storage.redact(place)
@@ -53,29 +54,29 @@ def _bytes_of(place: str) -> bytes:
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
-    """Writes the manifest beside the shards; it is whole or not there.
+    """Writes the manifest into the folder of the shards; the file appears complete or not at all.
 
     Raises:
-        TrainingFailed: the store does not take it.
+        TrainingFailed: the file cannot be written.
     """
     storage.publish(storage.join(url, NAME), canonical(to_json(manifest)) + b"\n")
 
 
 def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -> list[str]:
-    """Every shard is there with the stated number of bytes (contents are for `dist-gan verify`).
+    """Checks that every shard exists and has the size in the manifest; `dist-gan verify` checks the contents.
 
     Args:
         url: folder of the shards.
-        manifest: what should be in it.
-        may_lose: images that shards of another size may have lost, in all, without an error: those behind the end of a
-            shorter file, and all of a longer one, for who knows where it grew. None: no shard may have another size,
-            though it should lack nothing but the end mark of the tar.
+        manifest: expected contents of the folder.
+        may_lose: largest number of images that may be lost in shards of a wrong size: in a shorter file those behind its
+            end, in a longer file all, since it is unknown where bytes were added. None makes every wrong size an error,
+            even if only the end marker of the tar is missing.
 
     Returns:
-        A sentence for each shard of another size.
+        A sentence for each shard of a wrong size.
 
     Raises:
-        UserError: names the first shard that is not as stated, and how many are not.
+        UserError: a shard is missing or has a wrong size; the message names the first one and the number of others.
     """
     try:
         found = storage.sizes(url, [shard.name for shard in manifest.shards])
@@ -103,16 +104,16 @@ def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -
 
 
 def _lost(shard: Shard, size: int | None) -> int:
-    """Images of a shard that a file of another size cannot be trusted to have."""
+    """Number of images of a shard that are taken as lost if its file has `size` bytes; None means that it is missing."""
     if size is None or size > shard.bytes:
         return len(shard.keys)
     return sum(offset + length > size for offset, length in zip(shard.offsets, shard.sizes, strict=True))
 
 
 def shard_from_json(content: Any, *, place: str) -> Shard:
-    """The shard that `shard_to_json` wrote.
+    """The shard in a JSON value written by `shard_to_json`.
 
     Raises:
-        UserError: it contradicts itself; `place` says where it came from.
+        UserError: the entries contradict each other; `place` names the file in the message.
     """
     return ManifestReader(place).shard(content, 0)

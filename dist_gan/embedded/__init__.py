@@ -1,1 +1,2 @@
-"""The embedded data set: shapes drawn by arithmetic, their shards, and the count of their modes in samples."""
+"""The embedded data set: pictures of shapes that the program draws, their shards, and the judge that counts the modes of
+the data set in generated images."""

@@ -1,9 +1,11 @@
-"""Counts modes of the embedded data set: reads each picture by fitting the drawing to it, with no learned weights.
+"""Counts the modes of the embedded data set in generated pictures, by fitting a drawing to each picture. No learned
+weights are involved.
 
-The colour is the one that leaves the least behind; centre, area and shade come from moments of the coverage, the
-angle of each shape from the phase of its third or fourth moment. The shape whose drawing is nearest is fitted by
-Gauss-Newton steps and compared with the picture as a whole, place by place, and in its mean colour. A picture that
-its best drawing does not explain, or which lies outside the range of the real ones, belongs to no mode.
+The colour is the one with the smallest residual. Centre, area and shade are computed from moments of the coverage, and
+the angle of each shape from the phase of its third or fourth moment. The shape whose drawing is nearest is refined by
+Gauss-Newton steps. Three residuals are then compared with limits: the root mean square of the whole picture, the largest
+local mean, and the mean over the shape. A picture with a residual above its limit, or with a geometry outside the range
+of real pictures, belongs to no mode.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ from numpy.typing import NDArray
 from dist_gan.embedded.shapes import AREA, BACKGROUND, CLASS_NAMES, PALETTE, SHADE, SHAPES, SHIFT, SIDE, TURN, cover
 
 LARGEST_ERROR = 0.05
-"""Root mean square over pixels and channels, in [0, 1], between a valid picture and its drawing. Real ones stay below
-0.006, the drawings of two different shapes are 0.06 or more apart."""
+"""Largest root mean square difference, over pixels and channels in [0, 1], between a valid picture and its drawing. Real
+pictures stay below 0.006; the drawings of two different shapes differ by 0.06 or more."""
 LARGEST_BLEMISH = 0.25
-"""Largest difference in any channel of the mean over any 3 x 3 pixels: a bite, a bulge or a stain."""
+"""Largest mean difference over any 3 x 3 pixels, in any channel. A bite, a bulge or a stain exceeds it."""
 LARGEST_TINT = 0.08
-"""Largest difference in any channel of the mean over the shape: a hue between two colours is neither."""
+"""Largest mean difference over the shape, in any channel. A hue between two colours exceeds it."""
 STEPS = 2
-"""Gauss-Newton steps: two leave real pictures an error of 0.003 in the median."""
+"""Number of Gauss-Newton steps; after two the median error of real pictures is 0.003."""
 SLACK = 1.0
-"""How far past the real pictures' range a fit may lie: pixels of shift, and tenths of angle, shade and log area."""
+"""Tolerance around the range of real pictures: in pixels for the centre, and in tenths for angle (radians), shade and the
+logarithm of the area."""
 
 Pictures = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -34,7 +37,7 @@ GRID = (np.arange(SIDE) - (SIDE - 1) / 2).astype(np.float32)
 
 
 class Fit(NamedTuple):
-    """The drawing nearest to each of N pictures: class, geometry as in `shapes.cover`, and what it leaves unexplained."""
+    """The nearest drawing of each of N pictures: mode, geometry as in `shapes.cover`, and residuals."""
 
     mode: NDArray[np.int64]
     x: Floats
@@ -43,15 +46,15 @@ class Fit(NamedTuple):
     angle: Floats
     shade: Floats
     error: Floats
-    """Root mean square over pixels and channels."""
+    """Root mean square of the residual over pixels and channels."""
     blemish: Floats
-    """Largest absolute mean over 3 x 3 pixels, any channel."""
+    """Largest absolute mean of the residual over 3 x 3 pixels, in any channel."""
     tint: Floats
-    """Largest absolute mean over the shape, any channel."""
+    """Largest absolute mean of the residual over the shape, in any channel."""
 
 
 def judge(images: Pictures) -> NDArray[np.int64]:
-    """Mode of each picture, int64 N in 0..11, or -1 where it is none. `images` are uint8, N x 32 x 32 x 3."""
+    """Mode of each picture, int64 N in 0..11, or -1 for a picture of no mode. `images` are uint8, N x 32 x 32 x 3."""
     fit = fit_drawing(images)
     valid = (fit.error <= LARGEST_ERROR) & (fit.blemish <= LARGEST_BLEMISH) & (fit.tint <= LARGEST_TINT)
     valid &= np.maximum(np.abs(fit.x), np.abs(fit.y)) <= SHIFT + SLACK
@@ -62,11 +65,11 @@ def judge(images: Pictures) -> NDArray[np.int64]:
 
 
 def mode_report(modes: NDArray[np.int64], *, modes_total: int = len(CLASS_NAMES)) -> dict[str, float | int]:
-    """How many modes are covered and how evenly.
+    """Number of modes that samples cover, and how evenly they do.
 
     Args:
-        modes: as `judge` gives them.
-        modes_total: modes there are.
+        modes: mode of each sample, or -1, as `judge` returns them.
+        modes_total: number of modes of the data set.
 
     Returns:
         `modes_covered`: modes with at least one sample; `modes_total`; `smallest_share`: the rarest mode's count over
@@ -126,7 +129,7 @@ def _fit_some(pictures: Floats) -> Fit:
 
 
 def _colour_of(pictures: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """The colour that explains each picture best, and how much of it (shade times coverage) each pixel holds, NHW."""
+    """The best-fitting colour of each picture, N, and its amount (shade times coverage) in each pixel, NHW."""
     ink = pictures - np.float32(BACKGROUND)
     directions = (PALETTE - BACKGROUND).astype(np.float32)
     amounts = [np.clip(ink @ (line / np.square(line).sum()), 0, 2) for line in directions]
@@ -137,7 +140,7 @@ def _colour_of(pictures: Floats) -> tuple[NDArray[np.int64], Floats]:
 
 
 def _moments(amount: Floats) -> tuple[Floats, Floats, Floats]:
-    """Centre and area of what is drawn: a shape of area A and shade s holds s A in sum and s^2 A in squares."""
+    """Centre and area of the drawn shape. The amounts of a shape of area A and shade s sum to s A, their squares to s^2 A."""
     inked = np.where(amount > 0.15, amount, np.float32(0))
     total = np.maximum(inked.sum(axis=(1, 2)), 1e-3)
     x = inked.sum(axis=1) @ GRID / total
@@ -147,7 +150,7 @@ def _moments(amount: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _angle_of(shape: str, amount: Floats, *, x: Floats, y: Floats) -> Floats:
-    """Angle from upright by the phase of the moment of the shape's symmetry: order 3 or 4; a ring has none."""
+    """Angle from upright, N, from the phase of the moment of order 3 or 4, as the shape's symmetry has it; 0 for a ring."""
     order, upright = {"ring": (0, 0.0), "square": (4, np.pi), "triangle": (3, np.pi / 2), "cross": (4, 0.0)}[shape]
     if order == 0:
         return np.zeros_like(x)
@@ -159,12 +162,12 @@ def _angle_of(shape: str, amount: Floats, *, x: Floats, y: Floats) -> Floats:
 
 
 def _cover(kind_N: NDArray[np.int64], at: Floats) -> Floats:
-    """`shapes.cover` at x, y, log area, angle: 4N."""
+    """`shapes.cover` for the geometry `at`: x, y, log area and angle, 4N."""
     return cover(kind_N, x=at[0], y=at[1], area=np.exp(at[2]), angle=at[3]).astype(np.float32)
 
 
 def _gauss_newton(amount: Floats, kind_N: NDArray[np.int64], at: Floats) -> Floats:
-    """One step of least squares towards the drawing of a shape nearest to `amount`, in geometry and shade."""
+    """One Gauss-Newton step of the geometry, 4N, towards the drawing nearest to `amount` by least squares."""
     drawn = _cover(kind_N, at)
     shade = (amount * drawn).sum(axis=(1, 2)) / np.maximum(np.square(drawn).sum(axis=(1, 2)), 1e-6)
     steps = np.array([0.5, 0.5, 0.05, 0.05], dtype=np.float32)
@@ -182,7 +185,7 @@ def _gauss_newton(amount: Floats, kind_N: NDArray[np.int64], at: Floats) -> Floa
 
 
 def _largest_mean(left: Floats) -> Floats:
-    """Largest absolute mean over 3 x 3 pixels of NHWC, any place and channel: N."""
+    """Largest absolute mean of an NHWC array over 3 x 3 pixels, at any position and in any channel, N."""
     rows = left[:, :-2] + left[:, 1:-1] + left[:, 2:]
     boxes = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
     return np.abs(boxes).max(axis=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""The embedded data set as shards: pictures of shapes, drawn on the spot and packed like any other images."""
+"""Writes the embedded data set as shards: draws the pictures and packs them like any other images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dist_gan.packing.array_sources import ArraySource
 from dist_gan.packing.pack import pack
 
 PICTURES_SEED = 2026
-"""Seed of the pictures, the same for every run; the seed of a run decides their order and everything else."""
+"""Seed of the pictures, the same for every run; the order of the pictures depends on the seed of the run."""
 
 
 def write_shapes(url: str, *, count: int) -> None:
     """Draws the first `count` pictures of the embedded data set, and packs them into a folder of shards.
 
-    A folder that holds these shards already is left as it is, and an interrupted pack is finished.
+    A folder that already holds these shards is left unchanged, and an interrupted pack is completed.
 
     Raises:
         TrainingFailed: the shards cannot be written.

@@ -1,13 +1,13 @@
-"""Trains a GAN. `python -m dist_gan` does the same as `python train.py`, and needs no file beside it.
+"""Command-line program that trains a GAN: `python -m dist_gan` does the same as `python train.py`.
 
     accelerate launch train.py                                    the embedded run: shapes that the program draws
     accelerate launch train.py configs/NAME.yaml [section.key=value ...]
     python train.py --dry-run [configs/NAME.yaml] [section.key=value ...]
     python train.py --help
 
-Running the same command again resumes. --dry-run checks settings and data, and shows the resolved run. Exit code:
-0 finished; 2 the configuration is wrong; 3 training failed and starting again would not help; 75 stopped on request
-after saving a checkpoint; anything else is a crash. Launchers exit with 1 after any failure: read outcome.json.
+Running the same command again resumes. --dry-run checks settings and data, and shows the resolved run. Exit code: 0
+finished; 2 the configuration is wrong; 3 training failed and starting again would not help; 75 stopped on request after
+saving a checkpoint; anything else is a crash. Launchers exit with 1 after any failure: read outcome.json.
 DIST_GAN_TRACEBACK=1 prints tracebacks of unforeseen errors.
 """
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def start(arguments: Sequence[str]) -> int:
-    """Runs `main` as the program of this process, whose environment and signal handlers it sets before torch loads."""
+    """Runs `main` as this process's program, after setting the environment and signal handlers that torch needs at
+    import.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
     # torch reads this variable once, when it is imported: waiting threads sleep instead of spinning. With spinning, one
@@ -40,7 +42,7 @@ def start(arguments: Sequence[str]) -> int:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Signal handler while modules are still being imported: ends the program with one sentence."""
+    """Ends the program with one sentence on a signal that arrives while modules are still being imported."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, b"dist_gan: stopped by SIGINT before the start; start the same command again\n")
     os._exit(130)
@@ -109,7 +111,7 @@ def _main(arguments: Sequence[str], own: OwnParts | None) -> int:
 
 
 def help_text() -> str:
-    """Text of `--help`: usage, and every setting with default and description."""
+    """Returns the text of `--help`: usage, and every setting with default and description."""
     from dist_gan.config.reader import schema_help
 
     return f"{__doc__}\nSettings, with their defaults:\n\n{schema_help()}"

@@ -45,7 +45,9 @@ def philox(counter_4N: Tensor, key: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _constants(key: tuple[int, int], device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Multipliers, and the key of each round: kept on the device, where copying them anew would cost a wait."""
+    """Returns the multipliers and each round's key on `device`, where they are kept, since copying them each time would
+    wait.
+    """
     rounds = [[(key[i] + r * _WEYL[i]) & _LOW for i in (0, 1)] for r in range(_ROUNDS)]
     keys = torch.tensor(rounds, device=device).unsqueeze(2)
     return torch.tensor(_MULTIPLIERS, device=device).unsqueeze(1), tuple(keys.unbind(0))
@@ -58,7 +60,7 @@ def _key(seed: int, purpose: str) -> tuple[int, int]:
 
 
 class Draws:
-    """All random numbers of a run, by address.
+    """Random numbers of a run, each computed from seed, purpose, draw and slot.
 
     Every method takes a `purpose` (what the numbers are for), the `draw` (number of the global batch) and `slots`
     (places in that batch, int64, B) and returns one row a slot.
@@ -70,7 +72,7 @@ class Draws:
         self.dtype = dtype
 
     def words(self, purpose: str, *, draw: int, slots: Tensor, count: int) -> Tensor:
-        """Uniform integers in [0, 2^32), int64, shape (B, count)."""
+        """Returns uniform integers in [0, 2^32), int64, shape (B, count)."""
         blocks = -(-count // 4)
         slots = slots.to(self.device, non_blocking=True)
         counter = torch.empty(4, len(slots), blocks, dtype=torch.int64, device=self.device)
@@ -82,14 +84,14 @@ class Draws:
         return words.permute(1, 2, 0).reshape(len(slots), 4 * blocks)[:, :count]
 
     def uniform(self, purpose: str, *, draw: int, slots: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-        """Uniform numbers in (0, 1), shape (B, *shape)."""
+        """Returns uniform numbers in (0, 1), shape (B, *shape)."""
         words = self.words(purpose, draw=draw, slots=slots, count=math.prod(shape))
         unit = words.to(torch.float64).add_(0.5).mul_(2.0**-32).to(self.dtype)
         below_one = 1.0 - torch.finfo(self.dtype).eps / 2  # what the largest words round past in float32
         return unit.clamp_max_(below_one).view(len(slots), *shape)
 
     def normal(self, purpose: str, *, draw: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, shape (B, *shape), by Box and Muller (1958) in float64."""
+        """Returns standard normal numbers, shape (B, *shape), by Box and Muller (1958) in float64."""
         count = math.prod(shape)
         pairs = -(-count // 2)
         unit = self.words(purpose, draw=draw, slots=slots, count=2 * pairs).to(torch.float64)
@@ -100,11 +102,11 @@ class Draws:
         return normal.to(self.dtype).reshape(len(slots), *shape)
 
     def integers(self, purpose: str, *, draw: int, slots: Tensor, below: int) -> Tensor:
-        """Integers in [0, below), int64, B; the bias of the scaling is below 2^-32 times `below`."""
+        """Returns integers in [0, below), int64, B; the bias of the scaling is below 2^-32 times `below`."""
         words = self.words(purpose, draw=draw, slots=slots, count=1)[:, 0]
         return (words * below).bitwise_right_shift(32)
 
     def seed_for(self, purpose: str, *, draw: int, rank: int) -> int:
-        """A 63-bit seed for a generator that cannot be addressed, such as the one behind dropout."""
+        """Returns a 63-bit seed for a generator that keeps a state, such as torch's generator behind dropout."""
         digest = hashlib.sha256(f"{self.seed}/{purpose}/{draw}/{rank}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1

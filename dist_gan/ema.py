@@ -12,7 +12,8 @@ from dist_gan.types import TensorFacts, check_table, facts_of
 
 
 class GeneratorEMA:
-    """Average of a generator's parameters; buffers are copied. In evaluation mode, without gradients.
+    """Exponential moving average of a generator, in evaluation mode, without gradients; its buffers are copied, not
+    averaged.
 
     After n images the weight of an old value is 0.5 ** (n / half-life), whatever the batch (Karras et al. 2018,
     appendix; half-life in images as in StyleGAN2).
@@ -26,11 +27,13 @@ class GeneratorEMA:
     def update(
         self, weights: Iterable[Mapping[str, Tensor]], buffers: Iterable[Tensor], *, images: int, half_life: float
     ) -> None:
-        """Moves the average by `images` seen since the last update; a half-life of 0 copies.
+        """Moves the average towards the generator's present weights.
 
         Args:
             weights: the generator's parameters by name, in parts: they need not all be whole at once.
-            buffers: its buffers, in order.
+            buffers: the generator's buffers, in order.
+            images: images seen since the last update of the average.
+            half_life: half-life of the average, in images; 0 copies the weights.
         """
         weight = 1.0 - 0.5 ** (images / half_life) if half_life > 0 else 1.0
         for part in weights:
@@ -39,11 +42,11 @@ class GeneratorEMA:
             average.copy_(current)
 
     def table(self) -> dict[str, TensorFacts]:
-        """Shapes and dtypes of the averaged parameters and buffers."""
+        """Returns the shapes and dtypes of the averaged parameters and buffers, by name."""
         return {name: facts_of(tensor) for name, tensor in self.module.state_dict().items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Averaged parameters and buffers by name."""
+        """Yields the averaged parameters and buffers by name."""
         return iter(self.module.state_dict().items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

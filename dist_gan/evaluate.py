@@ -27,14 +27,17 @@ def sample(
     purpose: str = "samples",
     batch: int = 250,
 ) -> Iterator[Tensor]:
-    """Samples of a generator in evaluation mode, in batches on its device.
+    """Yields samples of a generator in evaluation mode, in batches on its device.
 
     Args:
-        generator: with the attribute `latent_dim`.
-        draws: the latents of `purpose`, `draw` and `slots` are taken from it.
-        slots: which samples, int64.
-        classes: classes of a conditional generator; slot i gets class i % classes.
-        label: the class of every sample instead.
+        generator: network with the attribute `latent_dim`.
+        draws: random numbers of the run.
+        slots: numbers of the samples, int64; each number has latents of its own.
+        classes: number of classes of a conditional generator, 0 for none; slot i gets class i % classes.
+        label: class of every sample; None to take the classes in turn.
+        draw: number that selects another set of latents.
+        purpose: name that selects another set of latents.
+        batch: number of samples made at a time.
     """
     latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
     for part in slots.split(batch):
@@ -46,19 +49,19 @@ def sample(
 
 
 def to_pictures(samples: Tensor) -> Pictures:
-    """Images in [-1, 1], BCHW, or points in [-1, 1], B2, as uint8 NHWC; points become one density picture."""
+    """Converts images in [-1, 1], BCHW, or points in [-1, 1], B2, to uint8 NHWC; points become one density picture."""
     if samples.dim() == 2:
         return density(samples.float().cpu().numpy())[None]
     return byte_range(samples).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def density(points_N2: NDArray[np.float32], *, side: int = 256) -> Pictures:
-    """Points of [-1, 1]^2 as a grey picture: the more points, the darker."""
+    """Draws points of [-1, 1]^2 as a grey picture that is darker where there are more points."""
     counts, _, _ = np.histogram2d(-points_N2[:, 1], points_N2[:, 0], bins=side, range=[[-1, 1], [-1, 1]])
     shade = 255.0 * np.exp(-counts / max(1.0, counts.max() / 4))
     return np.repeat(shade.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def fixed_grid(generator: nn.Module, draws: Draws, *, count: int, classes: int) -> Pictures:
-    """Pictures of the same latents each time."""
+    """Returns pictures of `count` samples, whose latents are the same at every call."""
     return to_pictures(torch.cat(list(sample(generator, draws, slots=torch.arange(count), classes=classes))))

@@ -1,4 +1,4 @@
-"""JSON from outside the program, parsed so that no text can end it with anything but a ValueError."""
+"""Parser for JSON from outside the program; any unusable text raises ValueError and no other exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parse_json(data: bytes | str, *, unique_names: bool = False) -> Any:
-    """The value of a JSON text from an outside source.
+    """Returns the value of a JSON text from an outside source.
 
     Args:
         data: the text; bytes are UTF-8, UTF-16 or UTF-32.

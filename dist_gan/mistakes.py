@@ -21,8 +21,8 @@ class _Told(Exception):
 
 
 class UserError(_Told, ValueError):
-    """A mistake in the user's input: place, value and remedy in one sentence. Exit code 2."""
+    """A mistake of the user, described in one sentence with its place, its value and a remedy. The exit code is 2."""
 
 
 class TrainingFailed(_Told, RuntimeError):
-    """Training failed and the same command would fail again. Exit code 3."""
+    """A failure of the training that starting the same command again would repeat. The exit code is 3."""

@@ -1,4 +1,4 @@
-"""Optimizers, one value a kind: the class of its settings, and how torch's optimizer is made from them."""
+"""Kinds of optimizers: each is one value that holds the class of its settings and the function that builds it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SGDSection(Section):
 
     @property
     def beta2(self) -> float:
-        """0: there is no second moment."""
+        """Returns 0, since stochastic gradient descent has no second moment."""
         return 0.0
 
 
@@ -81,14 +81,14 @@ S = TypeVar("S", bound=OptimizerSettings)
 
 @dataclass(frozen=True)
 class Optimizer(Generic[S]):
-    """One kind of optimizer; learning rate and beta2 are set anew before each of its steps."""
+    """One kind of optimizer. The training step sets learning rate and beta2 anew before each update."""
 
     settings: type[S]
     """Class of the sections `g_optim` and `d_optim`."""
     build: Callable[[list[nn.Parameter], S], torch.optim.Optimizer]
-    """torch's fused optimizer of some parameters."""
+    """Function that builds torch's fused optimizer of the given parameters."""
     moments: Callable[[S], tuple[str, ...]]
-    """Names of the tensors that torch's optimizer keeps for each parameter, sorted."""
+    """Function that returns the names of the tensors that torch's optimizer keeps for each parameter, sorted."""
 
 
 def _adam(parameters: list[nn.Parameter], section: AdamSection) -> torch.optim.Optimizer:
@@ -121,9 +121,9 @@ OPTIMIZERS: dict[str, Optimizer[Any]] = {
     "adamw": Optimizer(AdamSection, build=_adamw, moments=_adam_moments),
     "sgd": Optimizer(SGDSection, build=_sgd, moments=_sgd_moments),
 }
-"""Every optimizer by its name, `g_optim.kind` and `d_optim.kind`."""
+"""Every kind of optimizer by its name, which is the value of `g_optim.kind` and `d_optim.kind`."""
 
 
 def build_optimizer(parameters: list[nn.Parameter], section: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's optimizer of some parameters; learning rate and beta2 are set at every update."""
+    """Builds torch's optimizer of some parameters; the player sets learning rate and beta2 at every update."""
     return OPTIMIZERS[section.kind].build(parameters, section)

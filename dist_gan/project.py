@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _ORIGINALS = _PACKAGE / "templates" if (_PACKAGE / "templates").is_dir() else _PACKAGE.parent
 
 EMBEDDED_RECIPE = _ORIGINALS / "configs" / "shapes.yaml"
-"""Recipe of a run for which none was named."""
+"""Recipe that the program runs if the user names none."""
 
 
 def lay_out(folder: Path) -> None:

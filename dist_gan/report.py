@@ -17,7 +17,7 @@ from dist_gan.tracker import Tracker
 from dist_gan.types import Knobs, Scalars
 
 DAMAGE_SHOWN = 10
-"""Damaged images that a line is printed for at a time; events.jsonl has them all, and data.max_bad limits them."""
+"""Largest number of damaged images that are listed on the terminal at a time; events.jsonl lists all of them."""
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
         self._images, self._since, self._waited = progress.images, time.perf_counter(), stream.waited_s
 
     def tick(self, runtime: Runtime) -> Scalars:
-        """Timing since the last tick; adds it to the run's seconds."""
+        """Returns the timing since the last tick, and adds the elapsed seconds to the run's counter."""
         now, images, waited = time.perf_counter(), self._progress.images, self._stream.waited_s
         seconds = now - self._since
         self._progress.seconds += seconds
@@ -55,7 +55,7 @@ class Report:
     def __init__(self, tracker: Tracker, runtime: Runtime, state: TrainState) -> None:
         self.tracker = tracker
         self.scalars = ScalarMeans()
-        """Losses and gradient norms since the last tick."""
+        """Losses and gradient norms, averaged since the last tick."""
         self._runtime, self._state = runtime, state
         self._clock = Clock(state.progress, state.stream)
 
@@ -70,7 +70,8 @@ class Report:
         self._clock = Clock(self._state.progress, self._state.stream)
 
     def tick(self, knobs: Knobs) -> Scalars:
-        """Logs means since the last tick, counters, settings and timing; returns all but the timing. Collective.
+        """Logs means since the last tick, counters, settings and timing; returns all of them except the timing.
+        Collective.
 
         Args:
             knobs: settings that the last step was made with.
@@ -82,7 +83,9 @@ class Report:
         return shown
 
     def measured(self, kind: str, metric: Metric, values: Scalars) -> Scalars:
-        """Logs the values of a metric as `kind/name`, and returns them under these names; only `metric` is said, too."""
+        """Logs the values of a metric as `kind/name`, and returns them by these names; prints those of the kind
+        `metric`.
+        """
         shown = _prefixed(kind, values)
         self.tracker.scalars(self._images, shown, clock={})
         if kind == "metric":
@@ -92,7 +95,7 @@ class Report:
     # -- messages and events --------------------------------------------------------------------------------------
 
     def started(self, resumed: Resumed, *, attempt: int, config_hash: str) -> None:
-        """Start of the run: the checkpoint that it resumes from, and notes for the user."""
+        """Reports the start of the run: the checkpoint that it resumes from, and notes for the user."""
         tracker, runtime = self.tracker, self._runtime
         for text in resumed.notes:
             tracker.say(text)
@@ -108,7 +111,7 @@ class Report:
         )
 
     def skipped(self, updates: Sequence[Update]) -> None:
-        """Skipped updates; of a player's 1st, 2nd, 4th, 8th and so on."""
+        """Reports skipped updates; of each player only the 1st, 2nd, 4th, 8th and so on."""
         for update in updates:
             count = self._state.recovery.skipped[update.player]
             if not update.applied and count & (count - 1) == 0:
@@ -131,11 +134,13 @@ class Report:
             self.tracker.event("bad_sample", images=self._images, **damage._asdict())
 
     def failure(self, verdict: Verdict, reason: str) -> None:
-        """Failure of the training, before the run rolls back or ends."""
+        """Reports a failure of the training, before the run rolls back or ends."""
         self.tracker.event("failure", images=self._images, phenomenon=verdict.phenomenon, reason=reason)
 
     def rolled_back(self, target: str, *, failed_at: int, reason: str) -> None:
-        """Rollback to a checkpoint; what was logged after it is set aside, and means and timing begin anew."""
+        """Reports a rollback to a checkpoint; sets aside what was logged after that checkpoint, and restarts means and
+        timing.
+        """
         tracker = self.tracker
         tracker.rewind(self._images)
         tracker.say(f"{reason}; back from {failed_at:,} to {self._images:,} images, the healthy {target}")
@@ -150,7 +155,7 @@ class Report:
         self.begin()
 
     def committed(self, checkpoints: Sequence[CommittedCheckpoint]) -> None:
-        """Checkpoints that have been committed."""
+        """Reports checkpoints that have been committed."""
         for done in checkpoints:
             self.tracker.event(
                 "checkpoint",
@@ -161,12 +166,12 @@ class Report:
             )
 
     def preempted(self, *, signal: str, checkpoint: str | None) -> None:
-        """End of a run that was asked to stop."""
+        """Reports the end of a run that was asked to stop."""
         self.tracker.say(f"asked to stop ({signal}); saved {checkpoint}: start the same command again to go on")
         self.tracker.event("preempted", images=self._images, signal=signal, checkpoint=checkpoint)
 
     def finished(self, *, metrics: Scalars, checkpoint: str | None) -> None:
-        """End of a run that has seen all its images: what to look at and what to type next."""
+        """Reports the end of a run that has seen all its images: the sample grid, and the commands to type next."""
         tracker, progress, folder = self.tracker, self._state.progress, self.tracker.folder
         facts = {"metrics": metrics} if metrics else {}
         tracker.event("end", images=progress.images, seconds=round(progress.seconds, 1), **facts)

@@ -1,4 +1,4 @@
-"""The data of a run: the folders of its shards, and what has to be done before they can be read."""
+"""Data of a run: the folders of its shards, and the preparation and checks before they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_gan.types import UserError
 
 
 def data_sources(config: RunConfig) -> dict[str, int]:
-    """URLs of the folders of shards that a configuration trains on, with their mixing weights."""
+    """Returns the URLs of the folders of shards that a configuration trains on, with their mixing weights."""
     return config.data.sources or {storage.join(config.run.dir, "data"): 1}
 
 

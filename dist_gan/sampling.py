@@ -1,4 +1,4 @@
-"""Pictures from a trained generator, as files."""
+"""Sampling from a trained generator into picture files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def check_destination(dest: str) -> None:
 
 
 def _is_grid(dest: str) -> bool:
-    """True if a destination is one picture file; a `/` at its end makes it a folder."""
+    """True if a destination names one picture file; a `/` at its end makes it a folder."""
     return dest.lower().endswith(".png")
 
 
 def class_of(label: str | int | None, source: Averaged) -> int | None:
-    """Class number of a label given by number or by name; None for no label.
+    """Returns the class number of a label given by number or by name; None for no label.
 
     Raises:
         UserError: the generator has no such class.
@@ -124,7 +124,7 @@ def write_samples(
 def _interpolated(
     generator: torch.nn.Module, draws: Draws, *, rows: int, steps: int, classes: int, label: int | None
 ) -> pictures.Pixels:
-    """Rows that walk along the great circle from one latent to another, of one class each."""
+    """Yields rows of pictures along the great circle from one latent to another; each row has one class."""
     latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
     ends = draws.normal("latents/samples", draw=0, slots=torch.arange(2 * rows), shape=(latent_dim,))
     start, end = ends[0::2, None], ends[1::2, None]

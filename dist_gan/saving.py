@@ -12,7 +12,7 @@ from dist_gan.types import Scalars
 
 
 class Saving:
-    """Saves a run's state and rolls it back. Every method but `note_committed` is collective.
+    """Saves a run's state and rolls it back. Every method except `note_committed` is collective.
 
     Args:
         checkpointer: writer of the run's checkpoints.
@@ -27,7 +27,8 @@ class Saving:
         self._candidate = HealthCandidate()
 
     def save(self, scalars: Scalars) -> str:
-        """Begins a checkpoint, and returns its URL; marks the one before it if that has proven healthy.
+        """Begins to write a checkpoint, and returns its URL; marks the checkpoint before it as healthy if no failure
+        followed.
 
         Args:
             scalars: latest logged scalars, which the manifest records.
@@ -53,7 +54,7 @@ class Saving:
         """Waits for the checkpoint that is being written, and reports it.
 
         Raises:
-            TrainingFailed: it could not be written; on every rank.
+            TrainingFailed: the checkpoint could not be written; raised on every rank.
         """
         self.checkpointer.drain()
         self.note_committed()
@@ -79,7 +80,7 @@ class Saving:
         return target
 
     def commit_rollback(self) -> None:
-        """Makes a rollback final before training goes on: a crash from here on neither undoes nor repeats it."""
+        """Makes a rollback final before training continues, so that a later crash neither undoes nor repeats it."""
         url = self.save({})
         self.wait()
         if self._runtime.is_main:

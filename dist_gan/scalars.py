@@ -1,4 +1,4 @@
-"""Numbers on their way to the log: summed on the device, reduced over the ranks once a tick."""
+"""Means of scalars for the log: summed on the device, and reduced over the ranks once per tick."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ScalarMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def flush(self, runtime: Runtime) -> Scalars:
-        """Mean of each term over time and ranks, in one reduction; begins anew."""
+        """Returns the mean of each term over time and ranks, by one reduction, and resets all means."""
         names = sorted(self._sums)
         if not names:
             return {}

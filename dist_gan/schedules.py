@@ -1,4 +1,4 @@
-"""Settings as functions of the images seen."""
+"""Schedules: values of settings as functions of the number of images seen."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dist_gan.types import Knobs
 
 
 def at(knob: float | Ramp, images: int) -> float:
-    """Value of a number or ramp when `images` have been seen.
+    """Returns the value of a number or ramp when `images` have been seen.
 
     The cosine is v(n) = end + (start - end) (1 + cos(pi n / N)) / 2 (R3GAN, Huang et al. 2024), constant after N; with
-    `begin`, n and N count from there.
+    `begin`, n and N count from `begin`.
     """
     if not isinstance(knob, Ramp):
         return float(knob)
@@ -24,7 +24,7 @@ def at(knob: float | Ramp, images: int) -> float:
 
 
 def knobs_at(images: int, *, config: RunConfig) -> Knobs:
-    """Every setting that may move, when `images` have been seen."""
+    """Returns the value of every scheduled setting when `images` have been seen."""
     g_optim, d_optim, objective = config.g_optim, config.d_optim, config.objective
     half_life = at(config.ema.half_life, images)
     if config.ema.warmup:
@@ -43,9 +43,10 @@ def knobs_at(images: int, *, config: RunConfig) -> Knobs:
 
 
 def lazily(knobs: Knobs, *, update: int, every: int) -> Knobs:
-    """The penalties of one discriminator update: `every` times as strong each `every`-th update, else 0.
+    """Returns the settings of one discriminator update, whose penalties are `every` times as strong or, between, 0.
 
-    Lazy regularisation (Karras et al. 2020, StyleGAN2, appendix B): the mean strength stays the same.
+    Penalties are applied at every `every`-th update (lazy regularisation; Karras et al. 2020, StyleGAN2, appendix B),
+    so that their mean strength stays the same.
     """
     factor = every if update % every == 0 else 0
     return knobs._replace(**{name: getattr(knobs, name) * factor for name in PENALTIES})

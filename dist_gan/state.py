@@ -27,16 +27,16 @@ class Progress:
     images: int = 0
     """Real images shown to the discriminator, over all ranks."""
     d_updates: int = 0
-    """Discriminator updates, skipped ones included: lazy penalties count by it."""
+    """Number of discriminator updates, skipped ones included; it determines which updates have lazy penalties."""
     g_updates: int = 0
     """Generator updates, skipped ones included."""
     averaged_images: int = 0
-    """Images at the last update of the averaged generator."""
+    """Number of images seen at the last update of the averaged generator."""
     seconds: float = 0.0
     """Time spent training, over all attempts."""
 
     def values(self) -> dict[str, Any]:
-        """Counters by name."""
+        """Returns the counters by name."""
         return {
             "images": self.images, "d_updates": self.d_updates, "g_updates": self.g_updates,
             "averaged_images": self.averaged_images, "seconds": self.seconds,
@@ -65,11 +65,11 @@ class MemoryState:
         self._memory = memory
 
     def table(self) -> dict[str, TensorFacts]:
-        """Shapes and dtypes of the memory's tensors."""
+        """Returns the shapes and dtypes of the memory's tensors, by name."""
         return {name: facts_of(tensor) for name, tensor in self._memory.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The memory's tensors by name."""
+        """Yields the memory's tensors by name."""
         return iter(self._memory.items())
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -84,13 +84,13 @@ class MemoryState:
 
 
 class StreamState:
-    """Checkpointed state of a stream: its position in the data order, checked before it is loaded."""
+    """Checkpointed state of a stream: its position in the data order, which is checked before it is loaded."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def values(self) -> dict[str, Any]:
-        """Draws consumed, the fingerprint of the order, and the damaged images found."""
+        """Returns the number of batches consumed, the fingerprint of the order, and the damaged images found."""
         return self._stream.values()
 
     def load_values(self, values: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class TrainState:
     recovery: Recovery
 
     def parts(self) -> dict[str, Part]:
-        """Parts that a checkpoint stores, by name."""
+        """Returns the parts that a checkpoint stores, by name."""
         return {
             "generator": self.generator,
             "discriminator": self.discriminator,

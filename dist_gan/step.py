@@ -1,4 +1,4 @@
-"""One adversarial step: the discriminator's turns, the generator's turn, the averaged generator."""
+"""One adversarial step: the discriminator's turns, the generator's turn, and the update of the averaged generator."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from dist_gan.types import Batch, Knobs, Losses
 
 @dataclass(frozen=True)
 class Rules:
-    """The fixed numbers of a step."""
+    """Numbers of a training step that stay the same for the whole run."""
 
     batch: int
-    """Images of a global batch."""
+    """Number of images in a global batch, over all ranks."""
     d_updates: int = 1
-    """Discriminator updates for each of the generator."""
+    """Number of discriminator updates for each generator update."""
     micro_batch: int | None = None
-    """Images that a rank forwards at once; None: its whole share."""
+    """Largest number of images in one forward pass of a rank; None for the rank's whole share of the batch."""
     penalty_every: int = 1
-    """Penalties at every k-th discriminator update."""
+    """Interval k, in discriminator updates: gradient penalties are applied at every k-th update, k times as strong."""
     fresh_batch_for_g: bool = False
-    """Whether the generator's turn takes a batch of its own."""
+    """True if the generator's turn takes a batch of real images of its own, and not the discriminator's last one."""
 
 
 class _Turn(NamedTuple):
-    """One player's update: which player learns, by which loss, and how fast."""
+    """One player's update: the player that is trained, the one that is frozen, the loss, and the optimizer's rates."""
 
     active: Player
     resting: Player
@@ -60,13 +60,14 @@ class Game:
     """Batch size, micro-batches and numbers of turns."""
 
     def step(self, knobs: Knobs, scalars: ScalarMeans) -> list[Update]:
-        """Runs `rules.d_updates` discriminator turns and one generator turn, and moves the averaged generator.
+        """Runs `rules.d_updates` discriminator turns and one generator turn, and updates the averaged generator.
+        Collective.
 
-        Counters in `state.progress` are moved. An update whose gradient is not finite is skipped: weights, buffers and
-        the objective's memory stay as they were. Collective.
+        The counters in `state.progress` are advanced. An update whose gradient is not finite is skipped: weights,
+        buffers and the objective's memory stay as they were.
 
         Args:
-            knobs: settings of this moment.
+            knobs: values of the scheduled settings for this step.
             scalars: receives losses and gradient norms of the updates that were applied.
 
         Returns:
@@ -99,7 +100,9 @@ class Game:
         return updates
 
     def _update(self, turn: _Turn, batch: Batch, knobs: Knobs, scalars: ScalarMeans) -> Update:
-        """One player's update on one batch: gradients of all micro-batches, one vote, one move."""
+        """Makes one player's update on one batch: gradients of all micro-batches, a check that they are finite, one
+        optimizer step.
+        """
         runtime, draws, memory = self.runtime, self.draws, self.state.memory
         active, resting = turn.active, turn.resting
         buffers = _floating_buffers(active, resting)
@@ -108,8 +111,8 @@ class Game:
         terms: list[dict[str, Tensor]] = []
         observed: dict[str, Tensor] = {}
         for index, piece in enumerate(pieces):
-            # What lives inside a network (dropout, noise inputs) draws from torch's generator: it is seeded here, at
-            # every turn, so that no generator state has to survive a restart.
+            # Dropout and noise inputs inside a network draw from torch's generator. It is seeded at every
+            # micro-batch, so # that no generator state has to be stored in checkpoints.
             runtime.seed(draws.seed_for(f"turn/{active.name}/{index}", draw=batch.draw, rank=runtime.rank))
             with runtime.turn(active, resting, last_micro=index == len(pieces) - 1) as (G, D):
                 losses = turn.loss_of(G, D, piece, draws, knobs, memory)
@@ -135,12 +138,12 @@ class Game:
 
 
 def _floating_buffers(*players: Player) -> list[Tensor]:
-    """Running statistics that a bad batch would poison."""
+    """Returns the players' floating-point buffers (running statistics), which a batch with bad values would spoil."""
     return [b for player in players for b in player.module.buffers() if b.is_floating_point()]
 
 
 def _pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """The batch in micro-batches of fresh samples, in slot order."""
+    """Yields the batch in micro-batches of at most `size` images, in slot order; None yields the whole batch."""
     total = len(batch.slots)
     size = size or total
     for start in range(0, total, size):

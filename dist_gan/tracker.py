@@ -1,7 +1,4 @@
-"""Logs of a run: TensorBoard, two JSONL files, PNG grids, and one line of progress. Rank 0 alone writes.
-
-The x axis of everything is images seen.
-"""
+"""Logs of a run: TensorBoard, two JSONL files, PNG grids and a progress line, all by images seen. Rank 0 alone writes."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from tqdm import tqdm
 from dist_gan import pictures, records, storage, wording
 from dist_gan.types import Scalars, TrainingFailed
 
-# Tags of a custom chart are patterns.
+# TensorBoard interprets the tags of a custom chart as regular expressions.
 _LAYOUT = {
     "game": {
         "logits: real against fake": ["Multiline", ["^logits/real$", "^logits/fake$"]],
@@ -34,15 +31,15 @@ _LAYOUT = {
 
 
 class Tracker:
-    """Writes what a run shows. On other ranks than 0 every method does nothing.
+    """Writes the logs of a run. On ranks other than 0 every method does nothing.
 
     Args:
-        folder: of the run.
-        enabled: whether this is rank 0.
-        attempt: which start of the run this is; every line carries it.
-        total: images that the run is to see.
-        resumed_at: images of the checkpoint that was resumed from; what was logged after it is set aside.
-        config_yaml: shown in TensorBoard as text.
+        folder: folder of the run.
+        enabled: True on rank 0.
+        attempt: number of this start of the run; every line of the logs has it.
+        total: number of images after which the run ends.
+        resumed_at: images seen at the checkpoint that the run resumes from; log lines after it are set aside.
+        config_yaml: settings, shown in TensorBoard as text.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class Tracker:
         return writer
 
     def rewind(self, images: int) -> None:
-        """Sets aside what was logged after `images`, so that each point is seen once after a rollback."""
+        """Moves log lines later than `images` to another file, so that a rollback logs no point twice."""
         if not self.enabled:
             return
         self._rewinds += 1
@@ -91,7 +88,7 @@ class Tracker:
         self._bar.update(images)
 
     def scalars(self, images: int, values: Scalars, *, clock: Scalars) -> None:
-        """A tick: `values` are reduced over the ranks, `clock` is this rank's own timing."""
+        """Logs scalars: `values` have been reduced over the ranks, `clock` is the timing of this rank."""
         if not self.enabled:
             return
         everything = values | clock
@@ -102,7 +99,7 @@ class Tracker:
             self._writer.add_scalar(name, value, global_step=images)
 
     def progress(self, images: int, values: Scalars, *, clock: Scalars) -> None:
-        """The one line that says how the run goes: a bar on a terminal, a line a tick elsewhere."""
+        """Shows the progress of the run: as a bar on a terminal, elsewhere as one line per tick."""
         if not self.enabled:
             return
         left = max(0, self._total - images) / max(clock["time/images_per_second"], 1e-9)
@@ -121,12 +118,12 @@ class Tracker:
             self.say(f"{images:>12,}/{self._total:,} images  {speed:8.1f} img/s  {facts}  left {_span(left)}")
 
     def say(self, *lines: str) -> None:
-        """Prints a message on the terminal, with further lines below it."""
+        """Prints a message on the terminal; its second and later lines are indented."""
         if self.enabled:
             tqdm.write(wording.lines(lines), file=sys.stderr)
 
     def event(self, event: str, *, images: int, **facts: Any) -> None:
-        """A line of events.jsonl."""
+        """Appends a line to events.jsonl."""
         if not self.enabled:
             return
         line = {"event": event, "images": images, "attempt": self._attempt, "unix_time": round(time.time(), 3)}
@@ -134,7 +131,9 @@ class Tracker:
         self._events.flush()
 
     def grid(self, name: str, images: int, samples_NHWC: NDArray[np.uint8]) -> Path | None:
-        """A grid of pictures as PNG and in TensorBoard; `name` is the tag's second half. Returns the file."""
+        """Writes a grid of pictures as PNG and to TensorBoard, under the tag `samples/NAME`; returns the path of the
+        PNG.
+        """
         if not self.enabled:
             return None
         columns = int(np.ceil(np.sqrt(len(samples_NHWC))))
@@ -145,12 +144,12 @@ class Tracker:
         return path
 
     def flush(self) -> None:
-        """Makes everything so far readable by others."""
+        """Writes buffered TensorBoard data to the disk."""
         if self.enabled:
             self._writer.flush()
 
     def close(self) -> None:
-        """Ends the files."""
+        """Closes the log files and the progress bar."""
         if self.enabled:
             self._bar.close()
             self._writer.close()
@@ -160,7 +159,9 @@ class Tracker:
 
 @contextmanager
 def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
-    """Yields what to call after each step: with `enabled`, steps 10 to 15 are traced for TensorBoard's profiler."""
+    """Yields a function to be called after each step; with `enabled`, torch's profiler traces steps 10 to 15 for
+    TensorBoard.
+    """
     if not enabled:
         yield lambda: None
         return
@@ -176,9 +177,9 @@ def profiled(folder: Path, *, enabled: bool) -> Iterator[Any]:
 
 
 def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
-    """Moves lines later than the checkpoint to a file of their own, so that no point is logged twice.
+    """Moves log lines later than the checkpoint to another file, so that no point is logged twice.
 
-    Unusable lines are moved, too; returns their number.
+    Unusable lines are moved, too; the function returns their number.
 
     Raises:
         TrainingFailed: the files cannot be read or written.
@@ -205,7 +206,7 @@ def _set_aside(path: Path, *, resumed_at: int, name: str) -> int:
 
 
 def _images_of(line: bytes) -> int | None:
-    """Number of images seen in a line of metrics; None for an unusable line."""
+    """Returns the number of images seen in a line of metrics; None for an unusable line."""
     record = records.sound_line(line, place="metrics")
     images = None if record is None else record.values.get("images")
     return images if type(images) is int and images >= 0 else None

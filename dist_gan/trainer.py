@@ -1,4 +1,4 @@
-"""The training loop and its decisions: what is due, and when the run saves, rolls back or ends."""
+"""The training loop, and its decisions to log, save, roll back or end."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ class End(NamedTuple):
 
     images: int
     stopped_by: str | None
-    """The signal that asked it to stop; None if it finished."""
+    """Name of the signal that asked the run to stop; None if the run finished."""
     commit: str | None
-    """URL of its last checkpoint."""
+    """URL of the run's last checkpoint."""
 
 
 class Passed(NamedTuple):
-    """Images that a step has passed."""
+    """Numbers of images seen before and after a step."""
 
     before: int
     now: int
     total: int
 
     def due(self, every: int) -> bool:
-        """True if an interval ended in this step, or the run did."""
+        """True if a multiple of the interval, in images, was reached in this step, or if the run has ended."""
         return self.before // every != self.now // every or self.now >= self.total
 
 
 def fit(run: Run) -> End:
-    """The loop: trains until `run.images` have been seen, or until some rank is asked to stop. Collective.
+    """Trains until `run.images` have been seen or any rank is asked to stop. Collective.
 
     Raises:
-        TrainingFailed: a failure that no rollback repairs, the replicas differ, data cannot be read or files not written.
+        TrainingFailed: a failure that no rollback repairs, different replicas, unreadable data, or unwritable files.
     """
     config, game, saving, report, state = run.config, run.game, run.saving, run.report, run.state
     progress, recovery, total = state.progress, state.recovery, config.run.images
@@ -92,7 +92,7 @@ def fit(run: Run) -> End:
                 report.preempted(signal=asked, checkpoint=commit)
                 return End(passed.now, asked, commit)
             saving.note_committed()
-    if is_first:  # the run had ended before
+    if is_first:  # the run had already reached its last image when it was resumed
         metrics = _measure(run, run.metrics, Passed(total, progress.images, total), kind="metric")
     commit = saving.newest()
     report.finished(metrics=metrics, checkpoint=commit)
@@ -116,7 +116,7 @@ def _act(run: Run, verdict: Verdict, action: Action) -> None:
 
 
 def _measure(run: Run, metrics: Sequence[Metric], passed: Passed, *, kind: str) -> Scalars:
-    """Values of the metrics that are due, logged as `kind/name`. Collective.
+    """Measures the metrics that are due; logs their values as `kind/name` and returns them. Collective.
 
     Raises:
         UserError: two metrics return a value of the same name, or a metric returns no numbers.
@@ -132,10 +132,10 @@ def _measure(run: Run, metrics: Sequence[Metric], passed: Passed, *, kind: str) 
 
 
 def _note_damage(run: Run) -> None:
-    """Counts and reports images that some rank had to replace, each once. Collective.
+    """Counts and reports, once each, the damaged images that any rank had to replace. Collective.
 
     Raises:
-        TrainingFailed: on every rank, if there are more than `data.max_bad` allows.
+        TrainingFailed: more images are damaged than `data.max_bad` allows; raised on every rank.
     """
     stream = run.state.stream
     found = run.game.runtime.control_group.gather_json(stream.damaged())
@@ -143,7 +143,9 @@ def _note_damage(run: Run) -> None:
 
 
 def _compare_replicas(run: Run) -> None:
-    """Ends the run when the ranks no longer train the same networks; a checkpoint compares everything it keeps."""
+    """Raises TrainingFailed if the ranks' replicas differ. Each checkpoint compares all tensors; this check compares
+    some.
+    """
     state, runtime = run.state, run.game.runtime
     fingerprints = Fingerprints(enabled=runtime.world_size > 1)
     for player in (state.generator, state.discriminator):
@@ -166,10 +168,11 @@ def _grid(run: Run) -> None:
 
 
 def _asked_to_stop(run: Run, passed: Passed) -> str | None:
-    """The signal that some rank has got, looked for at an interval that is the same on all ranks. Collective.
+    """Returns the name of the stop signal that any rank has received, checked at the same steps on all ranks.
+    Collective.
 
     Raises:
-        TrainingFailed: on every rank, if a checkpoint that is being written has failed on any.
+        TrainingFailed: a checkpoint that is being written has failed on some rank; raised on every rank.
     """
     runtime = run.game.runtime
     if not passed.due(run.config.runtime.stop_every):

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     images: Tensor
     """Real images, float, BCHW in [-1, 1]; or BN points for data that are no pictures."""
     labels: Tensor | None
-    """Class of each image, int64, B; None where the data have no labels."""
+    """Class of each image, int64, B; None if the data have no labels."""
     slots: Tensor
     """Place of each image in the global batch, int64, B, on the CPU."""
     keys: tuple[str, ...]
@@ -46,11 +46,11 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]
     """Detached scalars for the log, each a mean over the batch."""
     observed: dict[str, Tensor]
-    """Detached batch means that the objective's memory is moved by, reduced over ranks first."""
+    """Detached means over the batch, from which the objective's memory is updated after averaging over the ranks."""
 
 
 class Knobs(NamedTuple):
-    """Every setting that may change while training, at one moment."""
+    """Values of all scheduled settings at one moment of training."""
 
     g_lr: float
     d_lr: float
@@ -64,7 +64,7 @@ class Knobs(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The two players before anybody has wrapped them."""
+    """The two networks of a run, before a parallel strategy wraps them."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -78,7 +78,7 @@ class TensorFacts(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """Size of the tensor's elements, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -87,11 +87,11 @@ class HasTensors(Protocol):
     """A part of a run whose state is tensors by name."""
 
     def table(self) -> dict[str, TensorFacts]:
-        """Names, shapes and dtypes of its tensors, in their order; equal on every rank."""
+        """Returns names, shapes and dtypes of the part's tensors, in their order; equal on every rank."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Unsharded tensors by name, one at a time; each may be freed once the next is requested. Collective."""
+        """Yields unsharded tensors by name, one at a time; each may be freed once the next is requested. Collective."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -104,7 +104,7 @@ class HasValues(Protocol):
     """A part of a run whose state is JSON values by name."""
 
     def values(self) -> dict[str, Any]:
-        """JSON values by name; equal on every rank."""
+        """Returns JSON values by name; equal on every rank."""
         ...
 
     def load_values(self, values: dict[str, Any]) -> None:
@@ -117,17 +117,17 @@ Part = HasTensors | HasValues
 
 
 def unit_range(images_uint8: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bytes 0..255 as floats in [-1, 1]."""
+    """Converts bytes 0..255 to floats in [-1, 1]."""
     return images_uint8.to(dtype).div_(127.5).sub_(1.0)
 
 
 def byte_range(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] as bytes 0..255, rounded; what lies outside is clamped."""
+    """Converts floats in [-1, 1] to bytes 0..255, rounded; values outside are clamped."""
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def facts_of(tensor: Tensor) -> TensorFacts:
-    """Shape and dtype of a tensor."""
+    """Returns the shape and dtype of a tensor."""
     return TensorFacts(tuple(tensor.shape), tensor.dtype)
 
 

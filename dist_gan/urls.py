@@ -19,7 +19,7 @@ _FILE = re.compile(r"file:(//)?", re.IGNORECASE)
 
 
 def normal(url: str) -> str:
-    """A store's URL unchanged, or a local path in normal spelling: no `file://` or `file://localhost`, `~` expanded.
+    """Returns a store's URL unchanged, or a local path in normal spelling: without `file://`, and with `~` expanded.
 
     Percent signs are part of the path and are not decoded; a relative path stays relative.
     """
@@ -101,10 +101,10 @@ def local_place_of(url: str, *, place: str) -> str:
 
 
 def join(url: str, *names: str) -> str:
-    """URL of a file or subfolder in the folder at a URL."""
+    """Returns the URL of a file or subfolder in the folder at a URL."""
     return posixpath.join(url.rstrip("/") or "/", *names)
 
 
 def local_path(url: str) -> Path | None:
-    """Path of a local file or folder; None for a URL of a store."""
+    """Returns the path of a local file or folder; None for a URL of a store."""
     return Path(normal(url)) if scheme_of(url) == "file" else None

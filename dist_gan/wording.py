@@ -43,7 +43,7 @@ TRACEBACK = "DIST_GAN_TRACEBACK"
 
 
 def safe(text: object) -> str:
-    """The text on one line, without secrets in URLs, and with unprintable characters as escapes.
+    """Returns the text on one line, without secrets in URLs, and with unprintable characters as escapes.
 
     Safe text is returned unchanged. Secrets of a URL are its user part, query and fragment, and the command of `pipe:`.
     A URL ends at a blank, or at the quotation mark before it.
@@ -60,12 +60,12 @@ def safe(text: object) -> str:
 
 
 def report(text: str) -> str:
-    """Text of several lines, each safe; lines after the first cannot be mistaken for messages of the program."""
+    """Returns a text of several lines, each safe; lines after the first cannot be mistaken for messages of the program."""
     return lines(text.split("\n"))
 
 
 def lines(parts: Iterable[object]) -> str:
-    """One message of several lines, each safe; lines after the first are indented."""
+    """Joins lines to one message, each line safe; lines after the first are indented."""
     first, *rest = (safe(part) for part in parts)
     return "\n".join([first, *(line if line[:1] in ("", " ") else f"  {line}" for line in rest)])
 
@@ -76,13 +76,13 @@ def unprintable(text: str) -> bool:
 
 
 def shown(value: object, *, limit: int = 200) -> str:
-    """A value as text for a message: safe, and at most `limit` characters long."""
+    """Returns a value as text for a message: safe, and at most `limit` characters long."""
     text = safe(repr(value))
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def safe_values(value: Any) -> Any:
-    """A copy of a JSON value in which all texts are safe."""
+    """Returns a copy of a JSON value in which all texts are safe."""
     if isinstance(value, str):
         return safe(value)
     if isinstance(value, dict):
@@ -93,7 +93,7 @@ def safe_values(value: Any) -> Any:
 
 
 def last_resort(error: BaseException) -> str:
-    """One sentence for an unforeseen error, with its traceback if DIST_GAN_TRACEBACK is set."""
+    """Returns one sentence for an unforeseen error, with its traceback if DIST_GAN_TRACEBACK is set."""
     text = safe(f"{type(error).__name__}: {error}")
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         return report("".join(traceback.format_exception(error)).rstrip()) + "\n" + text
@@ -107,13 +107,15 @@ def print_anything() -> None:
 
 
 def scheme_of(url: str) -> str:
-    """Scheme of a URL in lower case; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
+    """Returns the scheme of a URL in lower case; a plain path is `file`, webdataset's `pipe:` is `pipe`."""
     match = _SCHEME.match(url)
     return (match[1] or match[2]).lower() if match else "file"
 
 
 def redact(url: str) -> str:
-    """The URL without possible secrets: user part, query, fragment, a pipe's command. A path is returned unchanged."""
+    """Returns the URL without possible secrets (user part, query, fragment, a pipe's command); a path is left
+    unchanged.
+    """
     chain = _CHAIN.match(url)
     begin = chain.end() if chain else 0
     return url[:begin] + _redacted(url[begin:]) if _START.match(url, begin) else url
@@ -139,7 +141,7 @@ def _next_blank(text: str, at: int) -> int:
 
 
 def _shown(url: str) -> str:
-    """A URL inside a text, redacted; closing brackets and punctuation after it are kept."""
+    """Returns a URL inside a text in redacted form; closing brackets and punctuation after it are kept."""
     clean = _redacted(url)
     if clean == url:
         return url

@@ -1,16 +1,18 @@
-"""The rule by which a checkpoint becomes healthy: nothing was wrong before it, nor until the next checkpoint."""
+"""The rule that makes a checkpoint healthy: no failure was seen shortly before it, nor between it and the next
+checkpoint.
+"""
 
 from __future__ import annotations
 
 
 class HealthCandidate:
-    """The newest checkpoint, until it is known whether training went on well from it."""
+    """Holds the newest checkpoint until the next one shows whether training continued without failure."""
 
     def __init__(self) -> None:
         self._url: str | None = None
 
     def proven(self, *, quiet: bool) -> str | None:
-        """The candidate, if training has been quiet up to now, where the next checkpoint is taken; None otherwise.
+        """Returns the candidate's URL if no failure was seen up to the next checkpoint; None otherwise.
 
         Args:
             quiet: True if no failure was seen lately.
@@ -18,9 +20,9 @@ class HealthCandidate:
         return self._url if quiet else None
 
     def replace(self, url: str, *, quiet: bool) -> None:
-        """Makes a new checkpoint the candidate, unless a failure was seen lately."""
+        """Makes the checkpoint at `url` the candidate if `quiet`, that is, if no failure was seen lately."""
         self._url = url if quiet else None
 
     def drop(self) -> None:
-        """Forgets the candidate, which a rollback has abandoned."""
+        """Removes the candidate, because a rollback has abandoned that checkpoint."""
         self._url = None

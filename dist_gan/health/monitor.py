@@ -1,4 +1,4 @@
-"""Detectors judge the logged scalars; a verdict names a failure of the training."""
+"""Detectors, which examine the logged scalars, and verdicts, each of which describes a failure of the training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_gan.types import Scalars
 
 
 class Verdict(NamedTuple):
-    """A failure of the training, equal on every rank."""
+    """Description of a failure of the training that was detected; every rank has the same one."""
 
     phenomenon: str
     """Name of the failure, such as `nonfinite` or `mode_collapse`."""
@@ -20,10 +20,12 @@ class Verdict(NamedTuple):
 
 
 Detector = Callable[[int, Scalars], Verdict | None]
-"""Function of the images seen and of the scalars just logged, equal on every rank; None if it finds no failure."""
+"""Function of the number of images seen and the latest logged scalars (equal on all ranks); returns None without
+failure.
+"""
 
 
 def judge(detectors: Sequence[Detector], images: int, scalars: Scalars) -> Verdict | None:
-    """The first verdict in the order of the detectors, all of which see the scalars; None without a failure."""
+    """Calls every detector with the scalars; returns the first verdict in their order, or None if none found a failure."""
     verdicts = [detector(images, scalars) for detector in detectors]
     return next((verdict for verdict in verdicts if verdict is not None), None)

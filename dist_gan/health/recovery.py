@@ -1,4 +1,4 @@
-"""Recovery from a failure of the training, within a budget. Its counters do not roll back with the weights."""
+"""Recovery from failures of the training by a limited number of rollbacks, whose counters a rollback does not reset."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ PLAYERS = schema.PLAYERS
 
 
 class Action(NamedTuple):
-    """Decision about a verdict; equal on every rank, since the verdict is."""
+    """What the run does about a verdict; equal on every rank, since the verdict is equal on every rank."""
 
     kind: Literal["continue", "roll_back", "stop"]
     reason: str = ""
-    """Evidence, and for `stop` also the remedy."""
+    """Evidence for the failure; for `stop` also the remedy."""
 
 
 CONTINUE = Action("continue")
 
 
 class Recovery:
-    """Counts skipped updates, and decides when the run has to roll back or to end.
+    """Counts skipped updates, and decides whether the run continues, rolls back or stops.
 
     Args:
-        section: window and budget.
+        section: length of the window of updates, largest number of skipped updates in it, and number of rollbacks.
     """
 
     def __init__(self, section: RecoverySection) -> None:
         self._section = section
         self.rollbacks = 0
-        """Times that the run went back."""
+        """Number of rollbacks since the start of the run."""
         self.skipped: dict[str, int] = dict.fromkeys(PLAYERS, 0)
-        """Updates that were skipped for a gradient that was not finite, since the start of the run."""
+        """Number of skipped updates of each player, whose gradient was not finite, since the start of the run."""
         self._updates: dict[str, int] = dict.fromkeys(PLAYERS, 0)
         self._recent: dict[str, list[int]] = {player: [] for player in PLAYERS}
 
     @property
     def quiet(self) -> bool:
-        """True if no update of the window was skipped."""
+        """True if none of the latest updates (`recovery.window`) was skipped."""
         return not any(self._recent.values())
 
     def soften(self, knobs: Knobs) -> Knobs:
-        """Settings of the next step, from those of the schedules: unchanged, since a rollback changes no setting."""
+        """Returns the settings of the next step: those of the schedules, unchanged, since a rollback changes no
+        setting.
+        """
         return knobs
 
     def watch(self, updates: Sequence[Update]) -> Verdict | None:
-        """Counts the updates of a step; a verdict if too many of a player's latest updates were skipped."""
+        """Counts the updates of a step; returns a verdict if too many of a player's latest updates were skipped."""
         verdicts = [self._count(update) for update in updates]
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
@@ -76,7 +78,9 @@ class Recovery:
         )
 
     def decide(self, verdict: Verdict | None) -> Action:
-        """The action about a verdict: a rollback while the budget lasts, then the end of the run."""
+        """Returns the action on a verdict: a rollback as long as the number of rollbacks allows, then the end of the
+        run.
+        """
         if verdict is None:
             return CONTINUE
         if self.rollbacks < self._section.rollbacks:
@@ -88,21 +92,21 @@ class Recovery:
         )
 
     def rolled_back(self) -> None:
-        """Spends one from the budget and begins a new window."""
+        """Counts one rollback, and empties the windows of skipped updates."""
         self.rollbacks += 1
         self._recent = {player: [] for player in PLAYERS}
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
-        """Counters and window."""
+        """Returns the counters and the windows of skipped updates as JSON values."""
         return {
             "rollbacks": self.rollbacks, "skipped": dict(self.skipped), "updates": dict(self._updates),
             "recent": {player: list(numbers) for player, numbers in self._recent.items()},
         }  # fmt: skip
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Restores a state from `values`.
+        """Restores counters and windows from what `values` returned.
 
         Raises:
             ValueError: a value has another type or range.

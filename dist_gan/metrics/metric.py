@@ -19,7 +19,7 @@ from dist_gan.types import Scalars, UserError
 BATCH = 250
 """Samples that a rank generates at a time."""
 _ROUNDING = 1e-3
-"""Relative difference between two ranks' values up to which it counts as rounding, which other processors may cause."""
+"""Largest relative difference between two ranks' values that counts as rounding; different processors may cause it."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Samples:
     """Real images that the discriminator has seen so far."""
 
     def generated(self, count: int, *, purpose: str = "metrics") -> Iterator[Tensor]:
-        """This rank's share of `count` samples, in batches on its device; the latents are the same at every call.
+        """Yields this rank's share of `count` samples, in batches on its device; the latents are the same at every
+        call.
 
-        Rank r of w ranks makes the samples r, r + w, r + 2w and so on. Sample i of a conditional generator has class
-        i % classes.
+        Rank r of w ranks makes the samples r, r + w, r + 2w and so on. Sample i of a conditional generator has class i
+        % classes.
 
         Args:
             count: number of samples over all ranks.
@@ -59,11 +60,11 @@ class Samples:
                 yield from sample(self.generator, self.draws, slots=slots, classes=self.classes, purpose=purpose)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over all ranks, of any shape, on the CPU."""
+        """Returns the sum of `values`, a tensor of any shape, over all ranks, on the CPU."""
         return self.runtime.control_group.sum(values.detach().cpu().clone())
 
     def gather(self, rows: Tensor, *, count: int) -> Tensor:
-        """Rows of all `count` samples, in the order of the samples, on every rank.
+        """Returns the rows of all `count` samples, in the order of the samples, on every rank.
 
         Args:
             rows: one row for each sample of this rank's share, in the order of `generated`.
@@ -84,16 +85,18 @@ class Metric(NamedTuple):
     name: str
     """Name of the metric, for messages."""
     every: int
-    """Interval, in images; a metric is also measured when the run ends."""
+    """Interval, in images, between two measurements; the metric is also measured when the run ends."""
     measure: Callable[[Samples], Mapping[str, float]]
-    """Values by name, which are logged as `metric/<name>`. All ranks call it together and return the same values."""
+    """Function that returns numbers by name, logged as `metric/<name>`; all ranks call it and must get the same
+    numbers.
+    """
     describe: Callable[[Mapping[str, float]], str] = _plainly
-    """Sentence for the terminal that shows the values."""
+    """Function that describes the values in one sentence for the terminal."""
 
 
 @torch.no_grad()
 def measure(metric: Metric, samples: Samples) -> Scalars:
-    """Values of a metric, the same on every rank. Collective.
+    """Measures a metric; returns its values, which are the same on every rank. Collective.
 
     torch's generators are seeded before, so that a generator with noise inputs gives the same values after a restart.
 

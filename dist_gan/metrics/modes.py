@@ -13,14 +13,15 @@ from dist_gan.evaluate import to_pictures
 from dist_gan.metrics.metric import Metric, Samples
 
 MODE_SAMPLES = 5_000
-"""Samples in which the modes are counted."""
+"""Default number of samples, over all ranks, among which the modes are counted."""
 
 
 def mode_count(*, every: int, samples: int = MODE_SAMPLES) -> Metric:
-    """Metric that counts the modes of the embedded data set among samples; `mode_report` says what the values are.
+    """Returns a metric that counts the modes of the embedded data set among samples; `mode_report` documents its
+    values.
 
     Args:
-        every: interval, in images.
+        every: interval between two measurements, in images.
         samples: number of samples over all ranks.
     """
 

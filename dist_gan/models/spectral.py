@@ -22,7 +22,7 @@ class SpectralNorm(nn.Module):
     v: Tensor
 
     def begin(self) -> None:
-        """Starts the iteration, once the weight has its first value."""
+        """Starts the power iteration, after the weight has been initialised."""
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", normalize(torch.randn(matrix.shape[0], dtype=matrix.dtype), dim=0))
         self.register_buffer("v", normalize(torch.randn(matrix.shape[1], dtype=matrix.dtype), dim=0))
@@ -31,7 +31,7 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def iterate(self, weight: Tensor) -> None:
-        """One power iteration with the whole weight: call it when the weight has moved."""
+        """Makes one power iteration with the whole weight; to be called after each update of the weight."""
         matrix = weight.detach().flatten(1)
         self.v.copy_(normalize(matrix.t() @ self.u, dim=0))
         self.u.copy_(normalize(matrix @ self.v, dim=0))

@@ -40,7 +40,12 @@ def say_last(reason: str, *, launcher_waits: bool) -> None:
     """Reports why a run did not start or did not finish, as the last message on the terminal.
 
     torch's launcher ends with its own traceback, followed by the content of the ranks' error files; so the sentence
-    goes into such a file. It is printed instead if no such launcher waits, or if it is going to restart the ranks.
+    goes into such a file. It is printed instead if no such launcher waits, or if that launcher is going to restart the
+    ranks.
+
+    Args:
+        reason: one sentence.
+        launcher_waits: True if the launcher of this process still runs.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     is_last = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) >= restarts
@@ -51,7 +56,7 @@ def say_last(reason: str, *, launcher_waits: bool) -> None:
 
 
 def write_error_file(text: str, failed_at: float) -> bool:
-    """Writes a message into the error file of torch's launcher, in its format; False if there is no such file."""
+    """Writes a message into the error file of torch's launcher, in its format; returns False if there is no such file."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return False

@@ -12,11 +12,11 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """64 bits that change whenever a single 8-byte word of the tensor does, as int64 on its device.
+    """Returns 64 bits that change whenever a single 8-byte word of the tensor does, as int64 on the tensor's device.
 
-    The sum, modulo 2^64, of every word times an odd number that depends on its place: an odd factor has an inverse, so
-    no change of one word is lost, and integers add up to the same in any order. Equal numbers give equal fingerprints
-    only in equal places. It guards against accidents, not against intent.
+    The result is the sum, modulo 2^64, of every word times an odd number that depends on the word's position. An odd
+    factor has an inverse, so no change of one word is lost; integers add up to the same in any order. It detects
+    accidents, not deliberate changes.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     odd = flat.numel() % 8

@@ -61,15 +61,15 @@ class LaunchSettings:
 
 
 def read_launch_settings(config: RunConfig, environment: Mapping[str, str], *, gpus: int) -> LaunchSettings:
-    """The strategy of a launch, once it is known to fit the recipe and this machine.
+    """Reads the strategy and precision of a launch, and checks that they fit the recipe and this machine.
 
     Args:
         config: the recipe.
-        environment: what `accelerate launch` or `torchrun` has set.
-        gpus: CUDA devices that this process sees.
+        environment: environment variables that `accelerate launch` or `torchrun` has set.
+        gpus: number of CUDA devices that this process sees.
 
     Raises:
-        UserError: one report of everything that cannot be honoured.
+        UserError: one report of all settings of the launch that are not supported.
     """
     world_size, local = int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
     mistakes = [

@@ -21,7 +21,7 @@ from dist_gan.wording import redact, scheme_of
 
 Result = TypeVar("Result")
 CONNECTIONS = 32
-"""To one store; botocore's own ten are 200 requests a second at 50 ms each, whatever asks for them."""
+"""Number of connections to one store; botocore's default of ten allows only 200 requests a second at 50 ms each."""
 _CLIENT_OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {

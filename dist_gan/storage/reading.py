@@ -17,7 +17,7 @@ from dist_gan.urls import join, local_path
 from dist_gan.wording import redact, scheme_of
 
 PART_BYTES = 2**23
-"""Bytes of one request; what a broken one costs."""
+"""Size of one request, in bytes; a broken request repeats at most this much."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid")
 """Keys under which listings of stores give a value that changes with a file's content."""
 

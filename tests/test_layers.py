@@ -371,6 +371,12 @@ def test_no_folder_holds_more_than_a_quarter_of_the_library() -> None:
     assert not large, f"{large} of {lines.total():,} lines: divide the folder by meaning"
 
 
+def test_no_file_of_the_library_is_longer_than_a_reader_keeps_in_mind() -> None:
+    paths = sorted((ROOT / "dist_gan").rglob("*.py"))
+    long = [f"{p.name}: {n}" for p in paths if (n := len(p.read_text(encoding="utf-8").splitlines())) > 350]
+    assert not long, f"{long}: more than 350 lines; divide the file by meaning"
+
+
 def test_no_room_is_a_lumber_room() -> None:
     lumber = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
     files = [p for p in (ROOT / "dist_gan").rglob("*") if p.stem.lower().strip("_") in lumber]

@@ -1,4 +1,8 @@
-"""The only importer of accelerate and deepspeed: processes, devices, precision, and the two players wrapped for them."""
+"""Processes, devices, precision and parallel strategy of a training run, by torch, accelerate and deepspeed.
+
+No other package of the library imports accelerate or deepspeed. Both networks, each with its optimizer (a `Player`),
+are wrapped here for DDP or DeepSpeed.
+"""
 
 from dist_gan.runtime.fingerprint import Fingerprints
 from dist_gan.runtime.launch_settings import LaunchSettings, read_launch_settings

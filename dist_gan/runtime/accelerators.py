@@ -1,4 +1,4 @@
-"""Accelerator objects, which wrap the networks: one for both without DeepSpeed, one per network with it."""
+"""Accelerator objects, which wrap the networks: a shared one without DeepSpeed, one per network with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_gan.types import UserError
 def make_accelerators(
     section: RuntimeSection, launch: LaunchSettings, *, on_cpu: bool, timeout: timedelta
 ) -> dict[str, Accelerator]:
-    """Accelerators by network: `generator` and `discriminator`.
+    """Returns the Accelerator of each network, by its name: `generator` and `discriminator`.
 
     Args:
         section: settings of devices, precision and processes.
@@ -50,7 +50,7 @@ def _ddp_arguments(section: RuntimeSection) -> DistributedDataParallelKwargs:
 
 
 def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str, Accelerator]:
-    """One Accelerator per network, since an Accelerator keeps one DeepSpeed engine."""
+    """Returns two Accelerators, by the name of the network, since an Accelerator keeps only one DeepSpeed engine."""
     os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)  # already read, and part of the engines' settings
     if on_cpu:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -72,9 +72,9 @@ def _for_deepspeed(stage: int, *, on_cpu: bool, timeout: timedelta) -> dict[str,
 
 
 def _without_compiled_sums() -> None:
-    """Keeps DeepSpeed from compiling a shared-memory all-reduce for CPUs when it starts; gloo reduces instead.
+    """Prevents DeepSpeed from compiling a shared-memory all-reduce for CPUs when it starts; gloo reduces instead.
 
-    A start that is killed while it compiles leaves a lock file, and every later one would wait for it without end.
+    A process that is killed during this compilation leaves a lock file, for which every later start would wait for ever.
     """
     from deepspeed import ops
 

@@ -1,7 +1,8 @@
 """Batch normalisation over the batch of all ranks, on any device, and twice differentiable.
 
-torch's SyncBatchNorm needs GPUs and has no second derivative; this one is written in differentiable operations, so
-that a gradient penalty passes through it. A micro-batch is still normalised by itself.
+torch's SyncBatchNorm needs GPUs and has no second derivative. `CrossRankBatchNorm` is written in differentiable
+operations, so that the gradient of a gradient penalty passes through it. With several micro-batches a step, each
+micro-batch is normalised by its own mean and variance over all ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; its derivative is the sum of the derivatives of all ranks, and so on."""
+    """Sum of a tensor over all ranks, differentiable any number of times: the gradient is summed over all ranks, too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -33,9 +34,9 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class CrossRankBatchNorm(_BatchNorm):
-    """`nn.BatchNorm1d`, `2d` or `3d` whose mean and variance are those of all ranks' samples together.
+    """Batch normalisation (`nn.BatchNorm1d`, `2d` or `3d`) by the mean and variance of all ranks' samples together.
 
-    Every rank has to bring equally many samples.
+    Every rank has to pass the same number of samples.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -61,7 +62,13 @@ class CrossRankBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, *, samples: int) -> None:
-        """Moves the running statistics as torch does: the variance without bias."""
+        """Updates the running mean and variance as torch does, with the unbiased estimate of the variance.
+
+        Args:
+            mean: mean of each channel over all ranks, C.
+            variance: biased variance of each channel over all ranks, C.
+            samples: number of values per channel on all ranks together.
+        """
         if not self.track_running_stats:
             return
         assert self.running_mean is not None
@@ -74,7 +81,10 @@ class CrossRankBatchNorm(_BatchNorm):
 
 
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
-    """The module, every batch normalisation in it replaced by one over all ranks; parameters and buffers stay."""
+    """Replaces every batch normalisation inside a module by one over all ranks; returns the module.
+
+    Parameters and buffers are those of the replaced layers.
+    """
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, CrossRankBatchNorm):
             joined = CrossRankBatchNorm(

@@ -1,11 +1,12 @@
 """Final layout of DDP's gradient buckets before the first step, so that every step sums in the same order.
 
-DDP sums gradients in buckets. It begins with one layout, and after its first backward pass makes another, in the order
-in which the gradients arrived (`Reducer::rebuild_buckets` in torch/csrc/distributed/c10d/reducer.cpp); it does so once.
-The order in which the numbers of three or more ranks are added depends on their positions in a bucket: a resumed run,
-which begins with the first layout again, would differ from an uninterrupted one. The passes made here force the final
-layout before the first real gradient: each parameter takes part multiplied by zero, in the reverse of the network's
-parameter order, and the network itself is not called, so that no weight, buffer, random state or image is used.
+DDP sums gradients in buckets. DDP begins with one layout of the buckets, and after its first backward pass it makes
+another layout once, in the order in which the gradients arrived (`Reducer::rebuild_buckets` in
+torch/csrc/distributed/c10d/reducer.cpp). The order in which the numbers of three or more ranks are added depends on
+their positions in a bucket: a resumed run, which begins with the first layout again, would differ from an uninterrupted
+run. The passes of `lay_out` force the final layout before the first real gradient: they multiply each parameter by
+zero, in the reverse of the network's parameter order, and do not call the network, so that they change no weight,
+buffer or random state and use no image.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _PASSES = 3
-"""Number of passes: the first is recorded, the second uses the new layout, the third updates DDP's logged layout."""
+"""Number of passes: DDP records the first, uses the new layout in the second, and logs this layout in the third."""
 
 
 class BucketedNetwork(nn.Module):
-    """The module inside DDP: calls the network, or passes through its parameters alone.
+    """Module inside DDP, which calls the network, or returns a zero that depends on all of the network's parameters.
 
     Args:
         network: generator or discriminator.
@@ -33,7 +34,7 @@ class BucketedNetwork(nn.Module):
         self.network = network
 
     def forward(self, *inputs: Any, only_parameters: bool = False, **named: Any) -> Tensor:
-        """The network's output; with `only_parameters`, a zero that depends on every parameter."""
+        """Returns the network's output; with `only_parameters`, a zero that depends on every parameter."""
         if not only_parameters:
             return self.network(*inputs, **named)
         parameters = list(self.network.parameters())
@@ -44,13 +45,13 @@ class BucketedNetwork(nn.Module):
 
 
 def lay_out(wrapped: DistributedDataParallel) -> str:
-    """Brings DDP's buckets into their final layout; returns a short name of the layout. Collective.
+    """Brings DDP's gradient buckets into their final layout; returns a short name of the layout. Collective.
 
-    In the passes, as in most networks, the last parameter's gradient arrives first, so that reduction and backward pass
-    overlap.
+    The last parameter's gradient arrives first in these passes, as in most networks; in the resulting layout, the
+    reduction of a step overlaps with its backward pass.
 
     Args:
-        wrapped: DDP around a `BucketedNetwork` network, before its first pass.
+        wrapped: DDP around a `BucketedNetwork`, before its first pass.
     """
     with torch.enable_grad():
         for _ in range(_PASSES):  # a keyword argument: on a GPU, DDP cannot be called without any argument

@@ -1,4 +1,4 @@
-"""A fingerprint of a tensor's bytes that costs one pass on its own device."""
+"""Fingerprints: 64-bit checksums of tensors, computed in one pass over the bytes on the tensor's own device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 _WORDS_AT_ONCE = 2**22
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-"""2^64 over the golden ratio, as a signed number: spreads neighbouring places."""
+"""2^64 divided by the golden ratio, as a signed number; multiples of it at neighbouring positions differ in most bits."""
 
 
 @torch.no_grad()
@@ -15,8 +15,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """Returns 64 bits that change whenever a single 8-byte word of the tensor does, as int64 on the tensor's device.
 
     The result is the sum, modulo 2^64, of every word times an odd number that depends on the word's position. An odd
-    factor has an inverse, so no change of one word is lost; integers add up to the same in any order. It detects
-    accidents, not deliberate changes.
+    factor has an inverse modulo 2^64, so every change of one word changes the result; the order of the sum does not
+    matter for integers. The fingerprint detects accidents, not deliberate changes.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     odd = flat.numel() % 8
@@ -34,10 +34,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 class Fingerprints:
-    """Fingerprints of many tensors by name, taken one after another without waiting for the device.
+    """Fingerprints (checksums) of many tensors by name, computed one after another without waiting for the device.
 
     Args:
-        enabled: False to take none, in a launch of one process.
+        enabled: False to compute no fingerprints, in a launch of one process.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -46,18 +46,18 @@ class Fingerprints:
         self._prints: list[Tensor] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes the fingerprint of a tensor as it is now."""
+        """Computes the fingerprint of a tensor's present content, and keeps it under `name`."""
         if self._enabled:
             self._names.append(name)
             self._prints.append(fingerprint(tensor))
 
     def result(self) -> dict[str, int]:
-        """The fingerprints by name."""
+        """Returns all fingerprints by name, once the devices have computed them."""
         by_device: dict[torch.device, list[int]] = {}
         for index, value in enumerate(self._prints):
             by_device.setdefault(value.device, []).append(index)
         numbers = dict.fromkeys(self._names, 0)
         for indices in by_device.values():
-            values = torch.stack([self._prints[i] for i in indices]).tolist()  # one wait a device
+            values = torch.stack([self._prints[i] for i in indices]).tolist()  # one host synchronisation per device
             numbers |= {self._names[i]: value for i, value in zip(indices, values, strict=True)}
         return numbers

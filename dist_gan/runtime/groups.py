@@ -20,11 +20,16 @@ _TO_CHECK = (
     "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO prints what was chosen): docs/launching.md, Several machines"
 )
 FIRST_REDUCTION_S = 120
-"""Time limit, in seconds, of the first reduction: the ranks have met by then, and only have to connect."""
+"""Time limit, in seconds, of the first reduction; all ranks have joined the launch before this limit starts to run."""
 
 
 def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
-    """Creates the training process group as accelerate would, over the store in which the ranks have met.
+    """Creates the process group for training as accelerate would, over the launch's key-value store.
+
+    Args:
+        meeting: the launch's store, which all ranks have joined.
+        on_cpu: True if the processes train on CPUs.
+        timeout: time limit of a collective.
 
     Raises:
         TrainingFailed: the network interface for the connections is missing; the sentence names what to check.
@@ -46,7 +51,7 @@ def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
 
 
 def _in_short(error: RuntimeError) -> str:
-    """First line of an error message from C++, without the source location."""
+    """Returns the first line of an error message from C++, without the source location."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^\[[^]]*\]\s*(\S+ [!=]= \S+\.\s*)?", "", lines[0])
 
@@ -54,8 +59,9 @@ def _in_short(error: RuntimeError) -> str:
 def first_reduction(groups: Mapping[str, tuple[RankGroup, torch.device]], *, world_size: int, timeout_s: float) -> None:
     """Adds one number over all ranks in each process group, before training depends on a reduction. Collective.
 
-    A group connects in its first reduction, where closed ports and wrong interfaces show: with NCCL as a hang. The
-    reduction runs in a thread of its own, since a call that waits in NCCL cannot be interrupted.
+    The ranks of a process group connect in its first reduction, which fails, or with NCCL hangs, if ports are closed or
+    network interfaces are wrong. The reduction runs in a thread of its own, since a waiting NCCL call cannot be
+    interrupted.
 
     Args:
         groups: group of ranks and device of its tensors, by a descriptive name.

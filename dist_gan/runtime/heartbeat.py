@@ -1,10 +1,12 @@
-"""Heartbeats between ranks: detects and names a rank that died, fell silent or hangs, even inside a collective.
+"""Heartbeats between ranks, by which a rank that died, fell silent or hangs is detected and named.
 
-A collective with a dead rank need not fail: NCCL's kernels spin for ever. Every rank therefore has two threads. The
-first one writes a heartbeat with the number of passed landmarks to the launch's store once a second, and every five
-seconds reads the heartbeats of the rank's two neighbours in the ring of ranks, and the notice that the launch is over,
-if there is one. The second thread never waits for the store: it judges what the first one has read, and ends the
-process. Each rank thus costs the store seven requests in five seconds, whatever the number of ranks.
+A collective with a dead rank need not fail: NCCL's kernels wait for ever. Every rank therefore has two threads. The
+first thread writes a heartbeat once a second to the launch's key-value store, with the number of passed landmarks
+(named points of training, such as the start of a network's update, which all ranks pass in the same order). Every five
+seconds it reads the heartbeats of the rank's two neighbours in the ring of ranks, and the message that the launch is
+over (`EndNotice`), if there is one. The second thread never waits for the store: it judges what the first thread has
+read, and ends the process if necessary. Each rank thus makes seven requests to the store in five seconds, whatever the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -31,28 +33,31 @@ from dist_gan.runtime.lost_ranks import (
 from dist_gan.runtime.meeting import OVER, EndNotice, Meeting
 
 INTERVAL_S = 1.0
-"""Seconds between two beats."""
+"""Seconds between two heartbeats of a rank."""
 READ_EVERY = 5
-"""Interval, in beats, at which the neighbours' beats are read; every beat once a neighbour seems silent."""
+"""Number of own heartbeats between two readings of the neighbours' heartbeats; 1 while a neighbour seems silent."""
 COMPARED_FOR_S = 3.0
-"""Seconds between the two readings of all ranks' beats whose comparison shows the silent ranks."""
+"""Seconds between the two readings of all ranks' heartbeats whose comparison shows the silent ranks."""
 STORE_AWAY_AFTER_S = 12.0
-"""Seconds without an answer of the store after which its machine, or the network to it, counts as gone."""
+"""Seconds without an answer of the launch's store after which its machine, or the network to it, counts as lost."""
 PAUSED_AFTER_S = 4.0
-"""Seconds without running after which this process counts as stopped, or its machine as asleep; all clocks restart."""
+"""Seconds in which this process did not run, after which it counts as paused; all time limits then start anew."""
 ENDING_WITHIN_S = 30.0
-"""Time limit, in seconds, of the last barrier, after rank 0 has declared the run finished."""
+"""Time limit, in seconds, of the last barrier of all ranks, after rank 0 has declared the run finished."""
 
 
 class Heartbeat:
-    """Sends the heartbeats of one rank, and watches those of its neighbours.
+    """Sends the heartbeats of one rank, and watches the heartbeats of its two neighbours in the ring of ranks.
 
     Args:
         meeting: the launch's store, over a connection used by nothing else.
-        patience_s: seconds without a landmark after which this process looks for the cause and ends.
+        patience_s: seconds without a landmark (a named point of training that all ranks pass in the same order) after
+            which this process looks for the cause and ends.
         launcher: launcher of this process, which holds the store on the first machine.
-        on_lost: called with the lost ranks; the process ends when it returns, with the code that it returns, or 1.
-        on_notice: called with another rank's notice that the launch is over; the process ends when it returns.
+        on_lost: function that is called with the lost ranks; when it returns, the process ends with the exit code that it
+            returned, or with 1.
+        on_notice: function that is called with another rank's message that the launch is over; when it returns, the
+            process ends.
     """
 
     def __init__(
@@ -87,22 +92,28 @@ class Heartbeat:
 
     @property
     def landmark(self) -> str:
-        """Name of the landmark that this rank passed last."""
+        """Name of the landmark (named point of training) that this rank passed last."""
         return self._landmark
 
     def mark(self, landmark: str) -> None:
-        """Passes a landmark: `landmark` begins. Every rank passes the same ones in the same order."""
+        """Counts a landmark as passed: the part of training named `landmark` begins on this rank.
+
+        Every rank passes the same landmarks in the same order.
+        """
         self._landmark, self._landmarks, self._passed_at = landmark, self._landmarks + 1, time.monotonic()
 
     def close(self) -> None:
-        """Ends the heartbeats with a last one that announces the normal end."""
+        """Sends a last heartbeat, which says that this rank ends normally, and ends both threads."""
         self._left = True
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2 * INTERVAL_S)
 
     def find_lost_ranks(self) -> LostRanks:
-        """Dead and hanging ranks. Takes a few seconds, and returns even if the store's machine no longer answers."""
+        """Returns the dead, silent and hanging ranks.
+
+        The call takes a few seconds, and returns even if the store's machine no longer answers.
+        """
         found: list[LostRanks] = []
 
         def find() -> None:
@@ -118,7 +129,7 @@ class Heartbeat:
         return found[0] if found else LostRanks(_store_away(f"for {STORE_AWAY_AFTER_S:.0f} s"), cut_off=True)
 
     def _compare_beats(self) -> LostRanks:
-        """Reads the beats of all ranks twice, a few seconds apart, and judges the ranks by them."""
+        """Reads the heartbeats of all ranks twice, a few seconds apart; returns the lost ranks that a comparison shows."""
         before = self._read_all()
         processes = local_processes(before)
         last = time.monotonic()
@@ -162,7 +173,7 @@ class Heartbeat:
         return any(n.has_died() or n.since < late for n in self._neighbours)
 
     def _read_all(self) -> list[Beat | None]:
-        """Latest beat of every rank, in rank order; None for a rank that has sent none."""
+        """Returns the latest heartbeat of every rank, in rank order; None for a rank that has sent no heartbeat."""
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
         # Two requests once every rank has sent a beat: all ranks ask at the same time when one is lost.
         exists = [True] * len(keys) if self._store.check(keys) else [self._store.check([key]) for key in keys]
@@ -198,7 +209,11 @@ class Heartbeat:
             neighbour.since = now
 
     def _look_for_lost_ranks(self, now: float) -> LostRanks | None:
-        """Lost ranks that are certain enough to end this process; None if there are none."""
+        """Returns the lost ranks if they are certain enough to end this process; None otherwise.
+
+        Args:
+            now: present time, a value of `time.monotonic`.
+        """
         waited = now - self._passed_at
         away = now - self._answered_at
         if away > STORE_AWAY_AFTER_S:
@@ -245,7 +260,7 @@ class Heartbeat:
 
 
 def _print_stacks() -> None:
-    """Prints where each thread of this process is."""
+    """Prints the stack of each thread of this process to standard error."""
     with suppress(Exception):  # stderr may be closed
         faulthandler.dump_traceback(file=sys.stderr)
 

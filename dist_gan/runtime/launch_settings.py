@@ -1,4 +1,4 @@
-"""Settings of the launcher: strategy, precision, offload. Read from the environment before process groups exist."""
+"""Settings of the launcher (parallel strategy, precision, offload), read from the environment variables that it sets."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class LaunchSettings:
     """Parallel strategy and precision requested by the launcher."""
 
     strategy: str = "single"
-    """`single`, `ddp`, or `zero0` to `zero3`."""
+    """Parallel strategy: `single`, `ddp`, or `zero0` to `zero3`."""
     precision: str = "fp32"
-    """`fp32`, `bf16` (our own autocast) or `fp64`."""
+    """Precision of the forward passes: `fp32`, `bf16` (by `torch.autocast`) or `fp64`."""
     offload: bool = False
     """True if ZeRO keeps the optimizers' moments in the host's memory."""
     zero_options: Mapping[str, Any] = field(default_factory=dict)
-    """`zero_optimization` of a DeepSpeed file, and its other keys that do not touch what is learned."""
+    """Entries of the launch's DeepSpeed file that do not change what is learned, `zero_optimization` among them."""
 
     @property
     def zero_stage(self) -> int | None:
-        """DeepSpeed's stage; None without DeepSpeed."""
+        """Stage of DeepSpeed's ZeRO, from 0 to 3; None without DeepSpeed."""
         return int(self.strategy[-1]) if self.strategy.startswith("zero") else None
 
 
@@ -118,7 +118,7 @@ def read_launch_settings(config: RunConfig, environment: Mapping[str, str], *, g
 
 
 def _precision(config: RunConfig, environment: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The recipe's word, or the launch file's where the recipe says `auto`."""
+    """Returns the precision and a list of mistakes: `runtime.precision`, or for `auto` the precision of the launch file."""
     launched, wanted = environment.get("ACCELERATE_MIXED_PRECISION", "no"), config.runtime.precision
     if launched not in _PRECISIONS:
         return "fp32", [
@@ -181,7 +181,11 @@ def _deepspeed(config: RunConfig, environment: Mapping[str, str], precision: str
 
 
 def _deepspeed_file(path: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The options of a DeepSpeed file, and everything in it that is not its to say."""
+    """Reads a DeepSpeed file; returns its supported entries, and a mistake for each entry that the file may not set.
+
+    Args:
+        path: path of the JSON file; None or `none` if the launch has no such file.
+    """
     if path is None or path == "none":
         return {}, []
     try:

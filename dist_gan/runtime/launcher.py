@@ -1,7 +1,7 @@
-"""Processes of this machine from /proc, among them the launcher of this rank.
+"""Processes of this machine, read from /proc: the launcher of this rank, and the other ranks.
 
-The ranks of a killed launcher get another parent process and keep training, unsupervised; so each rank watches its
-launcher. A process started from a shell by `python train.py` has no launcher, and may outlive the shell.
+After a launcher was killed, its ranks get another parent process and continue to train without supervision; so each
+rank watches its launcher. A process started from a shell by `python train.py` has no launcher, and may outlive the shell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ accelerate as well."""
 
 
 class Process(NamedTuple):
-    """A process of this machine, distinguished from a later process with the same ID by its start time."""
+    """A process of this machine, identified by its ID and its start time, since the system uses IDs again."""
 
     pid: int
     began: int
@@ -28,33 +28,36 @@ class Process(NamedTuple):
 
     @staticmethod
     def find(pid: int) -> Process | None:
-        """The process with the given ID; None if there is none, or no /proc."""
+        """Returns the process with the given ID; None if there is no such process, or no /proc."""
         fields = _stat(pid)
         return None if fields is None else Process(pid, int(fields[19]))
 
     def state(self) -> str:
-        """State of the process as a letter (`T` stopped, `t` held by a debugger); `X` once it has ended."""
+        """Returns the state of the process as a letter: `T` stopped, `t` held by a debugger, `X` ended, others running."""
         fields = _stat(self.pid)
         if fields is None or int(fields[19]) != self.began or fields[0] in "ZX":
             return "X"
         return fields[0]
 
     def has_ended(self) -> bool:
-        """True if the process has ended, even if its parent has not yet asked for its exit code."""
+        """Returns True if the process has ended, even if its parent has not yet asked for its exit code."""
         return self.state() == "X"
 
     def is_active_since(self, cpu: int) -> bool:
-        """True if the process has used CPU time since it had used `cpu` clock ticks, or is held by a debugger."""
+        """Returns True if the process has used more than `cpu` clock ticks of CPU time, or is held by a debugger."""
         return self.cpu() > cpu or self.state() == "t"
 
     def cpu(self) -> int:
-        """CPU time used by the process, in clock ticks."""
+        """Returns the CPU time used by the process, in clock ticks."""
         fields = _stat(self.pid)
         return 0 if fields is None else int(fields[11]) + int(fields[12])
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; the name before them may contain any character."""
+    """Returns the fields of /proc/PID/stat after the process name, the state first; None if they cannot be read.
+
+    The process name may contain any character, spaces and parentheses too.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -62,16 +65,17 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def has_proc() -> bool:
-    """True if this system has a readable /proc."""
+    """Returns True if this system has a readable /proc."""
     return _stat(os.getpid()) is not None
 
 
 def find_launcher(environment: Mapping[str, str]) -> Process | None:
-    """The launcher of this rank, which need not be its parent: a script may stand between them. None without one.
+    """Returns the process of this rank's launcher; None if this rank has no launcher.
 
-    Under torch's launcher (torchrun, `accelerate launch` of several processes) it is the nearest ancestor that was not
-    itself started with this launch's variables; under `accelerate launch` of one process, the nearest ancestor that is
-    accelerate.
+    The launcher need not be the parent process, since a script may stand between them. Under torch's launcher (torchrun,
+    `accelerate launch` of several processes), the launcher is the nearest ancestor that was not itself started with this
+    launch's environment variables. Under `accelerate launch` of one process, the launcher is the nearest ancestor that
+    runs accelerate.
 
     Args:
         environment: environment variables of this process.
@@ -91,7 +95,7 @@ def find_launcher(environment: Mapping[str, str]) -> Process | None:
 
 
 def _ancestors() -> Iterator[Process]:
-    """Ancestors of this process: its parent, the parent's parent, and so on."""
+    """Yields the ancestors of this process: its parent, the parent's parent, and so on."""
     pid = os.getppid()
     while pid > 0 and (fields := _stat(pid)) is not None:
         yield Process(pid, int(fields[19]))
@@ -107,7 +111,10 @@ def _is_launcher(pid: int) -> bool:
 
 
 def siblings() -> list[int]:
-    """IDs of the living children of this process's parent, its own included: the local ranks under torch's launcher."""
+    """Returns the IDs of the living children of this process's parent, this process included.
+
+    Under torch's launcher these are the ranks on this machine.
+    """
     parent, found = str(os.getppid()), []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))

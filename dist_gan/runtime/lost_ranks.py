@@ -1,4 +1,7 @@
-"""Judgement of ranks by their heartbeats: a rank lives, died, fell silent, or hangs behind the others."""
+"""Judgement of ranks by their heartbeats: each rank is alive, dead, silent, or hangs while the others wait for it.
+
+A landmark is a named point of training that all ranks pass in the same order, so a rank that hangs has passed fewer.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,13 @@ from dist_gan.runtime.launcher import Process, has_proc
 from dist_gan.runtime.meeting import EndNotice
 
 SILENT_AFTER_S = 8.0
-"""Seconds without a beat, while the store answers, after which a rank counts as silent. A machine with ten times more
-work than cores delays a beat by one or two seconds; a call that holds Python's GIL for longer shows in the CPU time."""
+"""Seconds without a heartbeat, while the launch's store answers, after which a rank counts as silent.
+
+A machine with ten times more work than cores delays a heartbeat by one or two seconds. A call that holds Python's GIL
+for longer can be told from a dead rank, since the process uses CPU time.
+"""
 FIRST_BEAT_WITHIN_S = 30.0
-"""Seconds without a neighbour's first beat, after this rank's own, after which it counts as dead since it joined."""
+"""Seconds after this rank's first heartbeat within which a neighbour has to send its first; later it counts as silent."""
 
 
 class Beat(NamedTuple):
@@ -27,7 +33,7 @@ class Beat(NamedTuple):
     landmarks: int
     """Number of landmarks passed so far."""
     landmark: str
-    """Name of the landmark that the rank passed last, such as a player's turn."""
+    """Name of the landmark that the rank passed last, such as `the generator's turn`."""
     host: str
     pid: int
     left: bool = False
@@ -35,20 +41,20 @@ class Beat(NamedTuple):
 
 
 class LostRanks(NamedTuple):
-    """Ranks that died, fell silent or hang, as one rank has found out."""
+    """Ranks that died, fell silent or hang, as far as one rank can see."""
 
     reason: str | None
-    """Sentence that names the lost ranks; None if all live and have passed the same landmarks."""
+    """Sentence that names the lost ranks; None if all ranks are alive and have passed equally many landmarks."""
     cut_off: bool = False
-    """True if the store did not answer: the state of the other ranks is unknown, and they may not know this rank's."""
+    """True if the launch's store did not answer; this rank and the others then cannot learn each other's state."""
     unreachable: tuple[tuple[int, int, str], ...] = ()
     """Rank, process ID and host of each dead or silent rank."""
     hanging: tuple[int, ...] = ()
-    """Ranks that live, but have passed fewer landmarks than the others."""
+    """Ranks that are alive, but have passed fewer landmarks (named points of training) than the others."""
 
 
 class Neighbour:
-    """A rank that this rank watches, with the time of its latest sign of life.
+    """A rank that this rank watches, with the time at which it was last seen alive.
 
     Args:
         rank: the neighbour's rank.
@@ -58,30 +64,30 @@ class Neighbour:
         self.rank = rank
         self.beat: Beat | None = None
         self.since = time.monotonic()
-        """Time at which the rank's latest beat was first seen, or its process was seen alive otherwise."""
+        """Time (`time.monotonic`) at which a new heartbeat of the rank, or activity of its process, was last seen."""
         self.process: Process | None = None
         """Process of the neighbour, if it runs on this machine; None otherwise."""
         self.cpu = 0
         """CPU time, in clock ticks, that the process had used when it was last seen active."""
 
     def record(self, beat: Beat) -> None:
-        """Records the rank's latest beat, and the time if the beat is new."""
+        """Records a heartbeat of the watched rank, and the present time if the heartbeat is new."""
         if beat != self.beat:
             if beat.host == host_name() and (self.process is None or self.process.pid != beat.pid):
                 self.process = Process.find(beat.pid)
             self.beat, self.since = beat, time.monotonic()
 
     def check_process(self) -> None:
-        """Counts a local process as alive if it used CPU time or is held by a debugger, even without a beat."""
+        """Counts the watched rank as alive now if its process on this machine used CPU time or is held by a debugger."""
         if self.process is not None and self.process.is_active_since(self.cpu):
             self.cpu, self.since = self.process.cpu(), time.monotonic()
 
     def has_died(self) -> bool:
-        """True if the rank ran on this machine and its process is gone without a last beat."""
+        """Returns True if the watched rank's process on this machine has ended without the heartbeat of a normal end."""
         return self.beat is not None and not self.beat.left and self.process is not None and self.process.has_ended()
 
     def is_silent(self) -> bool:
-        """True if the rank has sent no beat for longer than load can explain."""
+        """Returns True if the watched rank has sent no heartbeat for longer than a high load of its machine can explain."""
         silence = time.monotonic() - self.since
         if self.beat is None:
             return silence > FIRST_BEAT_WITHIN_S
@@ -93,18 +99,18 @@ class LocalProcess(NamedTuple):
 
     process: Process
     cpu: int
-    """CPU time in clock ticks."""
+    """CPU time that the process had used at the earlier reading, in clock ticks."""
 
     def is_active(self) -> bool:
-        """True if the process has used CPU time since the reading, or is held by a debugger."""
+        """Returns True if the process has used CPU time since the earlier reading, or is held by a debugger."""
         return self.process.is_active_since(self.cpu)
 
 
 def local_processes(beats: Sequence[Beat | None]) -> dict[int, LocalProcess]:
-    """Processes of the ranks of this machine by rank, with the CPU time that they have used by now.
+    """Returns the processes of the ranks on this machine by rank, with the CPU time that each has used by now.
 
     Args:
-        beats: latest beat of every rank, in rank order; None for a rank that has sent none.
+        beats: latest heartbeat of every rank, in rank order; None for a rank that has sent no heartbeat.
     """
     found = {}
     for rank, beat in enumerate(beats):
@@ -114,7 +120,13 @@ def local_processes(beats: Sequence[Beat | None]) -> dict[int, LocalProcess]:
 
 
 def dead_local_ranks(beats: Sequence[Beat | None]) -> list[int]:
-    """Ranks of this machine whose processes are gone without a last beat; empty on a system without /proc."""
+    """Returns the ranks on this machine whose processes have ended without the heartbeat of a normal end.
+
+    The list is empty on a system without /proc.
+
+    Args:
+        beats: latest heartbeat of every rank, in rank order; None for a rank that has sent no heartbeat.
+    """
     if not has_proc():
         return []
     dead = []
@@ -134,12 +146,12 @@ def judge_ranks(
     dead: Sequence[int],
     processes: dict[int, LocalProcess],
 ) -> LostRanks:
-    """Judges all ranks by two readings of their beats.
+    """Compares two readings of all ranks' heartbeats; returns the ranks that are dead, silent or hang.
 
     Args:
-        before: earlier beat of every rank, in rank order; None for a rank that has sent none.
-        now: latest beat of every rank, read long enough after `before` for a living rank to send another.
-        own_rank: rank of this process, which lives.
+        before: earlier heartbeat of every rank, in rank order; None for a rank that has sent no heartbeat.
+        now: latest heartbeat of every rank, read long enough after `before` for a living rank to send another.
+        own_rank: rank of this process, which is alive.
         dead: ranks known to be dead; if there are any, no other rank is judged to be silent.
         processes: processes of this machine's ranks, as they were at the earlier reading.
     """
@@ -160,7 +172,10 @@ def judge_ranks(
 
 
 def kill_unreachable_ranks(notice: EndNotice) -> None:
-    """Kills ranks of this machine that cannot read the notice: they, and their launcher, would wait for ever."""
+    """Kills the ranks on this machine that cannot read the message that the launch is over.
+
+    These ranks, and their launcher, would wait for ever.
+    """
     for _, pid, host in notice.unreachable:
         if host == host_name() and pid not in (0, os.getpid()):
             with suppress(OSError):
@@ -168,7 +183,7 @@ def kill_unreachable_ranks(notice: EndNotice) -> None:
 
 
 def host_name() -> str:
-    """Name of this machine."""
+    """Returns the host name of this machine."""
     return os.uname().nodename
 
 
@@ -177,7 +192,7 @@ def _has_left(beat: Beat | None) -> bool:
 
 
 def _last_sign(beat: Beat | None) -> str:
-    """End of a sentence about a rank: its last landmark, its process and its machine."""
+    """Returns the end of a sentence about a rank, which names its last landmark, its process and its machine."""
     if beat is None:
         return " and never gave a sign of life"
     return f" in: {beat.landmark} (process {beat.pid} on {beat.host})"

@@ -1,4 +1,4 @@
-"""Precision and determinism of the device's arithmetic: settings of torch, made before the device is first used."""
+"""Settings of torch for precision and determinism of arithmetic, which are made before the device is first used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from dist_gan.config import RuntimeSection
 def set_numerics(section: RuntimeSection) -> None:
     """Sets the precision of fp32 arithmetic, and selects deterministic kernels if `runtime.deterministic` is set.
 
-    torch leaves TF32 (10 bits of mantissa) on for convolutions and off for matrix products; here both follow
-    `runtime.tf32`. The older names are used: once the newer `fp32_precision` is set, reading these raises.
+    By default torch uses TF32 (10 bits of mantissa) for convolutions and not for matrix products; here both follow
+    `runtime.tf32`. Torch's older `allow_tf32` is set, not the newer `fp32_precision`, because reading `allow_tf32` raises
+    an error once `fp32_precision` is set.
     """
     torch.backends.cudnn.allow_tf32 = section.tf32
     torch.backends.cuda.matmul.allow_tf32 = section.tf32

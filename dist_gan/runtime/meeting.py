@@ -1,8 +1,8 @@
 """Messages between the ranks of a launch in its key-value store: arrival, permission to begin, notice of the end.
 
-The store needs no process group, so ranks can exchange messages before a group exists and after it failed. Of several
-notices (`EndNotice`) that say why the launch is over, the first one is in force: the rank that published it reports the
-reason to the user, and all other ranks exit silently.
+The store needs no process group, so ranks can exchange messages before a group exists and after a group has failed. A
+notice (`EndNotice`) says that the launch is over, and why. The first notice of a launch is in force: the rank that
+published it reports the reason to the user, and all other ranks exit silently.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from dist_gan.runtime.launcher import siblings
 from dist_gan.wording import safe
 
 OVER = "over"
-"""Key of the notice that the launch is over; its value is empty while training may run, and absent before that."""
+"""Key, in the launch's store, of the notice that the launch is over.
+
+The key is absent until rank 0 permits training; from then on its value is empty until a notice is published.
+"""
 _ARRIVAL, _OBJECTION, _CONFIRMATIONS, _ATTEMPT = "here", "objection", "heard", "attempt"
 _POLL_S = (0.1, 1.0)
-"""Shortest and longest interval, in seconds, between requests while waiting."""
+"""Shortest and longest interval, in seconds, between two requests of a rank that waits for others."""
 _ANNOUNCE_AFTER_S = 30.0
-"""Seconds of waiting after which a message names the ranks that have not joined."""
+"""Seconds for which rank 0 waits before it prints the ranks that have not joined the launch."""
 _CONFIRM_WITHIN_S = 7.0
-"""Time limit, in seconds, for all ranks to read a notice; they look for one every five seconds."""
+"""Time limit, in seconds, for all ranks to read a notice of the end; every rank looks for a notice every five seconds."""
 
 
 class MeetingFailed(RuntimeError):
@@ -42,21 +45,21 @@ class EndNotice(NamedTuple):
     rank: int
     """Rank that published the notice."""
     outcome: str
-    """Value of `outcome` in `outcome.json`."""
+    """Outcome of the run, as written to `outcome.json`: `finished`, `preempted`, `failed`, ..."""
     code: int
-    """Exit code of the ranks."""
+    """Exit code of every rank."""
     reason: str
-    """Sentence for the user."""
+    """Sentence for the user that says why the launch is over."""
     unreachable: tuple[tuple[int, int, str], ...] = ()
     """Rank, process ID and host of each rank that cannot read the notice."""
     hanging: tuple[int, ...] = ()
-    """Ranks that live, but make no progress."""
+    """Ranks that are alive, but make no progress."""
     at_end: bool = False
     """True if training ended normally, so that a rank that exits from now on is not reported as lost."""
 
     @staticmethod
     def read(data: bytes) -> EndNotice | None:
-        """The notice in a value of the store; None for an empty value."""
+        """Returns the notice in a value of the store; None for an empty value."""
         if not data:
             return None
         rank, outcome, code, reason, unreachable, hanging, at_end = json.loads(data)
@@ -77,17 +80,19 @@ class Meeting:
         self.store, self.rank, self.world_size = store, rank, world_size
 
     def reconnect(self) -> Meeting:
-        """A `Meeting` in the same store, over a connection of its own that no other thread uses."""
+        """Returns a `Meeting` in the same store, over a new connection that no other thread uses."""
         store: Any = self.store  # torch's type stubs lack `clone`
         return Meeting(store.clone(), rank=self.rank, world_size=self.world_size)
 
     # -- before the first step ------------------------------------------------------------------------------------
 
     def admit_ranks(self, attempt: int, *, patience_s: float, announce: bool = True) -> EndNotice | None:
-        """Waits until every rank has joined, and permits training; returns a notice if the launch is over. Rank 0 only.
+        """Waits until every rank has joined, and permits training; returns a notice if the launch is over instead.
+
+        Only rank 0 calls this method; the other ranks call `join` or `raise_objection`.
 
         Args:
-            attempt: number of this start, sent to the other ranks.
+            attempt: number of this start of the run, which is sent to the other ranks.
             patience_s: time limit, in seconds.
             announce: True to print the absent ranks after a long wait.
 
@@ -114,7 +119,10 @@ class Meeting:
         return EndNotice.read(self.store.compare_set(OVER, "", ""))
 
     def join(self, *, patience_s: float) -> int | EndNotice:
-        """Announces this rank, and waits for rank 0; returns the number of the attempt, or a notice of the end.
+        """Announces this rank, and waits until rank 0 permits training.
+
+        Returns:
+            The number of this start of the run, or a notice if the launch is over instead.
 
         Raises:
             MeetingFailed: rank 0 did not answer within `patience_s` seconds.
@@ -125,7 +133,12 @@ class Meeting:
         return int(self.store.get(_ATTEMPT))
 
     def raise_objection(self, notice: EndNotice, *, patience_s: float) -> EndNotice:
-        """Sends rank 0 an objection to the start; returns the notice in force: this one, an earlier one, or rank 0's."""
+        """Sends rank 0 an objection to the start, and waits for rank 0; returns the notice that is in force.
+
+        Args:
+            notice: the objection; published as the notice of the end if rank 0 does not answer.
+            patience_s: time limit, in seconds.
+        """
         self.store.compare_set(_OBJECTION, "", json.dumps(notice))
         self.store.set(f"{_ARRIVAL}/{self.rank}", _name())
         try:
@@ -134,11 +147,11 @@ class Meeting:
             return self.publish_notice(notice)
 
     def objection(self) -> EndNotice | None:
-        """The first objection of a rank to the start, or else the notice of the end; None if there is neither."""
+        """Returns the first objection of a rank to the start, or else the notice of the end; None if there is neither."""
         return EndNotice.read(self.store.compare_set(_OBJECTION, "", "")) or self.notice()
 
     def _wait_for_rank_zero(self, patience_s: float) -> EndNotice | None:
-        """Waits until rank 0 permits training; returns a notice if the launch is over instead."""
+        """Waits until rank 0 permits training, and returns None; returns a notice if the launch is over instead."""
         began, pause = time.monotonic(), _POLL_S[0]
         while not self.store.check([OVER]):
             if time.monotonic() - began > patience_s:
@@ -151,7 +164,7 @@ class Meeting:
         return ", ".join(str(r) for r in range(1, self.world_size) if not self.store.check([f"{_ARRIVAL}/{r}"]))
 
     def dead_local_ranks(self, environment: Mapping[str, str]) -> str | None:
-        """Ranks of this machine that ended before they joined, separated by commas; None if there are none.
+        """Returns the ranks on this machine that ended before they joined, separated by commas; None if there are none.
 
         Args:
             environment: environment variables of this process.
@@ -166,11 +179,11 @@ class Meeting:
     # -- notice of the end ----------------------------------------------------------------------------------------
 
     def publish_notice(self, notice: EndNotice) -> EndNotice:
-        """Publishes a notice of the end; returns the one in force, which is an earlier one if there is one."""
+        """Publishes a notice of the end, unless there is an earlier notice; returns the notice in force."""
         return EndNotice.read(self.store.compare_set(OVER, "", json.dumps(notice))) or notice
 
     def notice(self) -> EndNotice | None:
-        """The notice that the launch is over; None while there is none."""
+        """Returns the notice that the launch is over; None while there is no notice."""
         return EndNotice.read(self.store.get(OVER)) if self.store.check([OVER]) else None
 
     def confirm_notice(self) -> None:
@@ -178,7 +191,10 @@ class Meeting:
         self.store.add(_CONFIRMATIONS, 1)
 
     def wait_for_confirmations(self, notice: EndNotice, *, seconds: float = _CONFIRM_WITHIN_S) -> None:
-        """Waits until all reachable ranks have read a notice: the store may end with the first machine's launcher."""
+        """Waits until all reachable ranks have read a notice, for at most `seconds`.
+
+        The store may end together with the first machine's launcher, after which the notice cannot be read.
+        """
         unreachable = [rank for rank, _, _ in notice.unreachable if rank != self.rank]
         expected = self.world_size - 1 - len(unreachable)
         deadline = time.monotonic() + seconds
@@ -187,7 +203,11 @@ class Meeting:
 
 
 def open_meeting(environment: Mapping[str, str], *, patience_s: float) -> Meeting | None:
-    """Connects to the launch's store; None for a launch of one process.
+    """Connects to the launch's key-value store; returns None in a launch of one process.
+
+    Args:
+        environment: environment variables of this process.
+        patience_s: time limit, in seconds, of the connection and of each later request.
 
     Raises:
         MeetingFailed: the launch's store cannot be reached.
@@ -217,7 +237,10 @@ def open_meeting(environment: Mapping[str, str], *, patience_s: float) -> Meetin
 
 
 def _wait_for_port(address: str, port: int, patience_s: float) -> None:
-    """Waits until the store's port is open, with signals handled meanwhile: torch's TCPStore would block them."""
+    """Waits until the port of the launch's store is open.
+
+    Signals are handled during this wait; in the constructor of torch's TCPStore they would have to wait.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:

@@ -1,7 +1,8 @@
-"""A player of the two-player game: one network with its optimizer, and how its gradient is reduced.
+"""Players of the two-player game: a player is one network with its optimizer, under a parallel strategy.
 
-`TorchPlayer` is one process or DDP; dist_gan.runtime.zero has DeepSpeed's. Tensors go in and out by the names of the
-parameters, whole and in fp32, so that what one strategy wrote another can read.
+`TorchPlayer` trains on one process or with DDP; the players for DeepSpeed are in dist_gan.runtime.zero. Every player
+gives and takes its tensors unsharded, by the names of the parameters, so that a checkpoint can be read under another
+strategy than the one that wrote it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from dist_gan.types import TensorFacts, TrainingFailed
 
 
 class Update(NamedTuple):
-    """Result of one update of a player."""
+    """Result of one update of a player, that is, of one network's weights."""
 
     player: str
-    """Name of the player."""
+    """Name of the player: `generator` or `discriminator`."""
     norm: float
-    """Norm of the reduced gradient before clipping: the same on every rank, and so their vote on finiteness."""
+    """Norm of the reduced gradient before clipping, equal on every rank; no rank applies an update of infinite norm."""
     applied: bool
     """True if the weights were changed; False for a skipped update."""
     culprit: str | None
-    """First parameter whose gradient was not finite."""
+    """Name of the first parameter whose gradient was not finite; None for an applied update."""
 
 
 class Player(ABC):
@@ -38,10 +39,10 @@ class Player(ABC):
 
     Args:
         name: `generator` or `discriminator`.
-        module: the bare network, for the other player's turn and for its buffers.
-        forward_module: the module whose forward pass runs in the player's own turn: the network, or DDP around it.
+        module: the network without a wrapper, called while the other player is trained.
+        forward_module: the module that is called while this player is trained: the network, or DDP around the network.
         clip: largest norm of the whole gradient; 0 for no clipping.
-        layout: short name of the order in which gradients are summed over ranks; empty if only one order exists.
+        layout: short name of the order in which gradients are summed over ranks; empty if there is only one order.
     """
 
     def __init__(
@@ -59,51 +60,65 @@ class Player(ABC):
     # -- a turn ---------------------------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Freezes the network for the other player's turn."""
+        """Freezes the network for the turn of the other player, that is, while only the other network is trained."""
         self.module.requires_grad_(False)
 
     @abstractmethod
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Encloses the forward passes of one micro-batch; gradients are reduced with the `last` one."""
+        """Returns a context for the forward passes of one micro-batch.
+
+        Args:
+            last: True for the last micro-batch of the update, whose backward pass reduces the gradients over all ranks.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds the loss' gradient to the parameters'."""
+        """Adds the gradient of a loss to the gradients of the parameters."""
 
     @abstractmethod
     def update(self, *, lr: float, beta2: float) -> Update:
-        """Clips, and moves the weights unless the gradient's norm is not finite; gradients are cleared either way.
+        """Clips the gradient, updates the weights if the gradient's norm is finite, and clears the gradients.
 
-        Reading the norm is the one host synchronisation of a turn.
+        Reading the norm is the only host synchronisation of an update.
+
+        Args:
+            lr: learning rate.
+            beta2: decay of Adam's second moment.
         """
 
     # -- its tensors ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def weights(self) -> Iterator[dict[str, Tensor]]:
-        """The parameters by name, whole, a part at a time; each part is gone once the next is asked for. Collective."""
+        """Yields the unsharded parameters by name, in parts, each valid until the next is requested. Collective."""
 
     @abstractmethod
     def moment_names(self) -> tuple[str, ...]:
-        """Names of the optimizer's state of every parameter, sorted; none before the first update.
+        """Returns the names of the optimizer's moments of each parameter, sorted; an empty tuple before the first update.
 
-        Sorted, because reading them is collective and a checkpoint comes back in another order on every rank.
+        The names are sorted because every rank has to read the moments in the same order, and the order of the
+        optimizer's state may differ between ranks after a checkpoint was loaded.
         """
 
     @abstractmethod
     def full_moment(self, parameter: str, key: str) -> Tensor:
-        """One moment of one parameter, whole. Collective."""
+        """Returns one moment (state of the optimizer) of one parameter, unsharded. Collective.
+
+        Args:
+            parameter: name of the parameter.
+            key: name of the moment, one of `moment_names`.
+        """
 
     @abstractmethod
     def load_full_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores a state from `full_tensors` of any strategy. Collective.
+        """Restores weights, buffers and moments from tensors that `full_tensors` gave under any strategy. Collective.
 
         Raises:
-            ValueError: names or shapes are not this network's.
+            ValueError: names or shapes of the tensors differ from those of this network.
         """
 
     def table(self) -> dict[str, TensorFacts]:
-        """Name, shape and dtype of everything that `full_tensors` gives, in its order."""
+        """Returns the shape and dtype of every tensor that `full_tensors` yields, by name, in the same order."""
         dtype = next(iter(self.parameters.values())).dtype
         found = {f"weights/{n}": TensorFacts(shape, dtype) for n, shape in self._shapes.items()}
         found |= {f"buffers/{n}": TensorFacts(tuple(b.shape), b.dtype) for n, b in self.module.named_buffers()}
@@ -115,9 +130,10 @@ class Player(ABC):
         return found
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights, buffers and moments by name, whole, one after another on every rank alike: live tensors or copies.
+        """Yields the unsharded weights, buffers and moments by name, in the same order on every rank. Collective.
 
-        Each is gone once the next is asked for, so that no more than one part is ever held. Collective.
+        A tensor may be the live one or a copy, and is valid until the next is requested, so that no more than one part
+        of the network is ever gathered.
         """
         for part in self.weights():
             yield from ((f"weights/{name}", tensor) for name, tensor in part.items())
@@ -127,17 +143,21 @@ class Player(ABC):
                 yield f"optimizer/{name}/{key}", self.full_moment(name, key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Unsharded tensors that a checkpoint stores."""
+        """Yields the unsharded tensors that a checkpoint stores, by name."""
         return self.full_tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores a state from `tensors`."""
+        """Restores the state from tensors that the method `tensors` has yielded."""
         self.load_full_tensors(tensors)
 
     # -- for the strategies ---------------------------------------------------------------------------------------
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Raises unless every weight and buffer is there in its shape; returns the names of the moments."""
+        """Compares tensors with this network; returns the names of the moments among them.
+
+        Raises:
+            ValueError: a tensor is missing or unknown, or has another shape.
+        """
         own = {name: facts for name, facts in self.table().items() if not name.startswith("optimizer/")}
         moments = {name for name in tensors if name.startswith("optimizer/")}
         missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys() - moments
@@ -158,7 +178,7 @@ class Player(ABC):
         return keys
 
     def _iterate_spectral(self) -> None:
-        """Moves the vectors of spectral normalisation after the weights."""
+        """Runs the power iteration of spectral normalisation by one step, after the weights were updated."""
         if self._spectral:
             for part in self.weights():
                 for name in part.keys() & self._spectral.keys():
@@ -170,7 +190,7 @@ class Player(ABC):
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, beta2: float) -> None:
-    """Learning rate and decay of the second moment for the next step."""
+    """Sets the learning rate, and the decay of Adam's second moment, of an optimizer for its next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if "betas" in group:
@@ -178,10 +198,10 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, beta2: float) -> N
 
 
 class TorchPlayer(Player):
-    """A player on one process, or with DDP around the network.
+    """A player (one network with its optimizer) on one process, or with DDP around the network.
 
     Args:
-        optimizer: optimizer of the module's parameters, in their order, as prepared by accelerate.
+        optimizer: optimizer of the module's parameters, in the order of the parameters, as prepared by accelerate.
     """
 
     def __init__(

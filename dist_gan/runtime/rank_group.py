@@ -1,7 +1,7 @@
 """Sums and decisions of all ranks over one process group.
 
-Every collective that the library calls itself goes through `RankGroup`. Those of DDP, of DeepSpeed and of the batch
-normalisation over all ranks are part of a forward or backward pass, and go straight to the training group.
+Every collective of the library goes through `RankGroup`, except for the collectives of DDP, of DeepSpeed and of batch
+normalisation over all ranks: these are part of a forward or backward pass, and use torch's process group directly.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class RankGroup:
         process_group: torch's process group of all ranks; None in a launch of one process.
         rank: rank of this process.
         world_size: number of processes of the launch.
-        heartbeat: heartbeat in which votes and exchanges are marked as landmarks; None for a group that is not used by
-            the training thread, since all ranks have to pass the landmarks in the same order.
+        heartbeat: heartbeat that counts votes and exchanges as landmarks (named points of training); None for a group
+            that another thread than the training thread uses, since all ranks pass the landmarks in the same order.
     """
 
     def __init__(
@@ -50,22 +50,24 @@ class RankGroup:
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, in place. The tensor is on the group's device: the CPU, or the training device."""
+        """Sums a tensor over the ranks, in place; returns the tensor, which is on the group's device (CPU or training device)."""
         if self._world_size > 1:
             dist.all_reduce(values, group=self.process_group)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the ranks, in place. The tensor is on the group's device: the CPU, or the training device."""
+        """Averages a tensor over the ranks, in place; returns the tensor, which is on the group's device."""
         if self._world_size > 1:
             self.sum(values).div_(self._world_size)
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks in slot order: row i of rank r is row `i * world_size + r` of the result.
+        """Gathers the rows of all ranks; row i of rank r becomes row `i * world_size + r` of the result.
+
+        This is the order of the slots (positions of samples in the global batch), which the ranks take in rotation.
 
         Args:
-            rows: equally many rows on every rank, on the group's device.
+            rows: tensor of any shape, with the same number of rows on every rank, on the group's device.
         """
         if self._world_size == 1:
             return rows
@@ -76,7 +78,7 @@ class RankGroup:
     # -- decisions ------------------------------------------------------------------------------------------------
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank if `flag` is set on any rank."""
+        """Returns True on every rank if `flag` is True on any rank."""
         self._mark("a vote of all ranks")
         if self._world_size == 1:
             return flag
@@ -85,11 +87,11 @@ class RankGroup:
         return bool(vote.item())
 
     def barrier(self) -> None:
-        """Waits for all ranks."""
+        """Waits until all ranks have called this method."""
         self.any_rank(False)
 
     def share_json(self, value: Any, *, error: UserError | TrainingFailed | None = None) -> Any:
-        """Rank 0's JSON value on every rank.
+        """Sends rank 0's JSON value to all ranks; returns it on every rank.
 
         Args:
             value: JSON value of rank 0; ignored on the other ranks.
@@ -109,14 +111,14 @@ class RankGroup:
         return value
 
     def gather_json(self, value: Any) -> list[Any]:
-        """The JSON values of all ranks, in rank order, on every rank."""
+        """Returns the JSON values of all ranks, in rank order, on every rank."""
         if self._world_size == 1:
             return [value]
         self._mark("an agreement of all ranks")
         data = json.dumps(value).encode()
         longest = torch.tensor(len(data))
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.process_group)
-        # JSON may end in spaces. To rank 0 and from there down a tree: all to all would be as many rounds as ranks.
+        # JSON may end in spaces. A gather and a broadcast along a tree are faster than an all-gather in world_size rounds.
         mine = _as_bytes(data.ljust(int(longest)))
         parts = [torch.empty_like(mine) for _ in range(self._world_size)] if self._rank == 0 else None
         dist.gather(mine, parts, dst=0, group=self.process_group)
@@ -132,14 +134,14 @@ class RankGroup:
         _raise_first_error(self.gather_json(_to_json(error)))
 
     def agree(self, problem: str | None) -> None:
-        """Raises TrainingFailed on every rank if any rank has a problem: the lowest such rank, and its sentence."""
+        """Raises TrainingFailed on every rank if any rank has a problem; the error names the lowest such rank and its problem."""
         raise_first(self.gather_json(problem))
 
     def compare_replicas(self, fingerprints: Fingerprints) -> None:
-        """Compares the fingerprints that all ranks have taken of their own replicas.
+        """Compares the fingerprints (checksums) that each rank has computed of the tensors of its own replica.
 
         Raises:
-            TrainingFailed: some tensor is not the same on every rank; names the first one, and the ranks.
+            TrainingFailed: a tensor is not the same on every rank; the error names the first such tensor, and the ranks.
         """
         if self._world_size == 1:
             return
@@ -163,7 +165,7 @@ class RankGroup:
     # -- transport ------------------------------------------------------------------------------------------------
 
     def _broadcast(self, data: bytes) -> bytes:
-        """The bytes of rank 0 on every rank."""
+        """Sends rank 0's bytes to all ranks; returns them on every rank."""
         length = torch.tensor(len(data))
         dist.broadcast(length, src=0, group=self.process_group)
         held = _as_bytes(data) if self._rank == 0 else torch.empty(int(length), dtype=torch.uint8)
@@ -179,7 +181,7 @@ def raise_first(problems: Sequence[str | None]) -> None:
     """Raises TrainingFailed with the problem of the lowest rank that has one; returns if no rank has one.
 
     Args:
-        problems: problem of each rank, in rank order. A lone problem is reported without the number of its rank.
+        problems: problem of each rank, in rank order. In a list of one rank, the problem is reported without the rank.
     """
     for rank, text in enumerate(problems):
         if text is not None:
@@ -187,12 +189,12 @@ def raise_first(problems: Sequence[str | None]) -> None:
 
 
 def _to_json(error: UserError | TrainingFailed | None) -> list[Any] | None:
-    """True for a UserError and False for a TrainingFailed, followed by the lines of the error."""
+    """Returns an error as a list: True for a UserError or False for a TrainingFailed, then the lines; None for None."""
     return None if error is None else [isinstance(error, UserError), *map(str, error.args)]
 
 
 def _raise_first_error(sent: Sequence[list[Any] | None]) -> None:
-    """Raises the first error of a list of results of `_to_json`; returns if all are None."""
+    """Raises the first error in a list of results of `_to_json`; returns if all results are None."""
     for entry in sent:
         if entry is not None:
             is_mistake, *lines = entry

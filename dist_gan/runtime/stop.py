@@ -1,4 +1,4 @@
-"""Requests to stop training, by signal: received at any time, followed at the end of a step."""
+"""Requests to stop training, which arrive as signals at any time and take effect at the end of a training step."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from typing import Any
 
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2")
 SECOND_SIGNAL_CODE = 130
-"""Exit code after a second signal."""
+"""Exit code of a process that a second stop signal has ended without saving."""
 RELAYED_WITHIN_S = 5.0
-"""Seconds after the first signal for which further ones count as the same request: Slurm signals every process, and
-launchers pass the signal on to their processes a second time."""
+"""Seconds after the first stop signal in which further signals count as the same request.
+
+Slurm sends a signal to every process, and launchers send it to their processes a second time.
+"""
 
 
 class StoppedBeforeTraining(BaseException):
-    """Request to stop that arrived before training began; not an error, hence not an `Exception`."""
+    """Raised for a stop request that arrived before training began; not an error, hence not an `Exception`."""
 
 
 class StopRequest:
     """Stop requests to this process, by signal.
 
-    Before training begins, the first signal raises `StoppedBeforeTraining`: there is nothing to save. During training, the first
-    signal only sets a flag; a later second one ends the process at once, without saving: the last committed checkpoint
-    is intact whatever was being written. Loader threads never receive signals. An ignored HUP, as under nohup, stays
-    ignored.
+    Before training begins, the first signal raises `StoppedBeforeTraining`, since there is nothing to save. During
+    training, the first signal only sets a flag; a second signal later ends the process at once without saving, which
+    leaves the last committed checkpoint intact. Only the main thread handles signals. A HUP signal that was ignored
+    before, as under nohup, stays ignored.
 
     Args:
-        names: signals that request a stop, without `SIG`.
+        names: names of the signals that request a stop, without `SIG`.
         on_second: called with the name of the second signal before the process ends.
     """
 
@@ -54,7 +56,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context that defers stop signals to its end, so that they do not interrupt a half-done operation."""
+        """Context in which stop signals do not interrupt an operation; its end raises `StoppedBeforeTraining` if one arrived."""
         self._is_deferred, before = True, self._is_deferred
         try:
             yield
@@ -64,13 +66,17 @@ class StopRequest:
             raise StoppedBeforeTraining(self.signal)
 
     def training_begins(self) -> None:
-        """Defers stop requests to the end of a step from now on; raises if one has arrived already."""
+        """Lets stop requests from now on only set a flag, which is read at the end of each training step.
+
+        Raises:
+            StoppedBeforeTraining: a stop request has arrived already.
+        """
         self._is_deferred = True
         if self.signal is not None:
             raise StoppedBeforeTraining(self.signal)
 
     def request(self, name: str) -> None:
-        """Requests a stop without a signal; `name` stands for the signal's name in `outcome.json`."""
+        """Requests a stop without a signal; `name` appears in `outcome.json` in place of a signal's name."""
         if self.signal is None:
             self.signal, self._at = name, time.monotonic()
 

@@ -1,12 +1,14 @@
 """The two players under DeepSpeed: ZeRO stages 0 to 3, with exact gradient penalties.
 
-A second derivative through DeepSpeed holds under these conditions (each measured by tests/dist):
+A player is one network with its optimizer; the players are trained in turns. A second derivative through DeepSpeed is
+exact under these conditions (each tested by tests/dist):
 
-- every forward pass goes to the module inside the engine: the engine's own call hooks the outputs, and takes the
-  `autograd.grad` of a penalty for the backward pass;
-- the resting player's parameters are frozen, and each turn has one summed loss and one backward a micro-batch;
-- clipping is written into each engine's settings (unsaid, DeepSpeed clips at 1), accumulation is steered by hand;
-- in stage 3 the engine has to forget, before each micro-batch, that it has seen a backward pass.
+- Every forward pass calls the module inside the engine. A call of the engine itself would hook the outputs, and
+  mistake the `autograd.grad` of a gradient penalty for the backward pass.
+- The parameters of the other player are frozen, and each micro-batch has one summed loss and one backward pass.
+- Clipping is written into each engine's settings, since DeepSpeed by default clips at 1; gradient accumulation is
+  controlled by this module.
+- In stage 3, the engine's flag that a backward pass has been made is cleared before each micro-batch.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from dist_gan.runtime.player import Player, TorchPlayer, Update, set_rates
 from dist_gan.types import TrainingFailed
 
 _HELD = -1
-"""No layer's number: DeepSpeed frees no weight that some layer is said to be using."""
+"""Module ID, which no layer has, under which a weight is marked as in use, so that DeepSpeed does not partition it."""
 GATHERED_AT_ONCE = 2**26
-"""Bytes of parameters that stage 3 makes whole at a time."""
+"""Number of bytes of parameters that ZeRO stage 3 gathers at a time when weights are read."""
 
 
 def engine_settings(
     launch_options: Mapping[str, Any], *, stage: int, offload: bool, clip: float, elements: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings for one player: the launch's DeepSpeed file, overridden by the run's settings.
+    """Returns DeepSpeed's settings for one network: the launch's DeepSpeed file, overridden by the run's settings.
 
     Args:
         launch_options: `zero_optimization` and the other entries of the launch's DeepSpeed file.
@@ -72,7 +74,7 @@ def engine_player(
     clip: float,
     settings: Mapping[str, Any],
 ) -> Player:
-    """A player around a DeepSpeed engine.
+    """Returns a player (one network with its optimizer) around a DeepSpeed engine.
 
     Args:
         name: `generator` or `discriminator`.
@@ -90,9 +92,10 @@ def engine_player(
 
 
 class ReplicatedEnginePlayer(TorchPlayer):
-    """Stage 0: the engine reduces the gradients, everything else is whole on every rank.
+    """Player in ZeRO stage 0: the engine reduces the gradients, and every rank holds all weights and moments.
 
-    The engine's own step would move the weights by gradients that are not finite, so the optimizer is stepped here.
+    The engine's own step would update the weights even by a gradient that is not finite, so this class calls the
+    optimizer's step itself.
     """
 
     def __init__(
@@ -110,7 +113,9 @@ class ReplicatedEnginePlayer(TorchPlayer):
 
 
 class PartitionedPlayer(Player):
-    """Stages 1 to 3: each rank owns a part of the moments (1), of the gradients (2), of the weights (3)."""
+    """Player in ZeRO stages 1 to 3: each rank holds a part of the moments, from stage 2 on also a part of the gradients,
+    and in stage 3 also a part of the weights.
+    """
 
     def __init__(self, name: str, engine: Any, *, stage: int, clip: float, layout: str) -> None:
         super().__init__(name, engine.module, engine.module, clip=clip, layout=layout)
@@ -136,10 +141,10 @@ class PartitionedPlayer(Player):
         self._settle()
 
     def _hold(self) -> None:
-        """Makes this player's weights whole until its backward pass is done.
+        """Gathers all weights of this player on every rank until its backward pass is done.
 
-        DeepSpeed frees a layer's weights once the inner derivative of a penalty has passed it, and does not fetch
-        them again for the outer one.
+        DeepSpeed partitions a layer's weights after the inner derivative of a gradient penalty, and does not gather them
+        again for the outer derivative.
         """
         parameters: list[Any] = list(self.parameters.values())
         parameters[0].all_gather(param_list=parameters)
@@ -147,9 +152,10 @@ class PartitionedPlayer(Player):
             parameter.ds_active_sub_modules.add(_HELD)
 
     def _settle(self) -> None:
-        """Takes the weights of stage 3 apart again, those too that a pass has left whole.
+        """Partitions all weights of stage 3 again, including weights that a forward or backward pass left gathered.
 
-        Where a pass ends inside a frozen network DeepSpeed's hooks miss the last layer, and would stumble over it.
+        If a pass ends inside a frozen network, DeepSpeed's hooks do not partition the last layer, and would fail at the
+        next pass.
         """
         if self._stage < 3:
             return
@@ -175,7 +181,7 @@ class PartitionedPlayer(Player):
         return Update(self.name, norm, applied, culprit)
 
     def _norm(self) -> float:
-        """Norm of the reduced gradient, over the parts of all ranks."""
+        """Returns the norm of the whole reduced gradient, over the parts of all ranks."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         if self._stage == 3:
@@ -218,7 +224,7 @@ class PartitionedPlayer(Player):
 
     @property
     def _flat(self) -> list[Tensor]:
-        """This rank's parts of the weights, laid end to end: what the optimizer steps."""
+        """Flat tensors of this rank's parts of the weights, which the optimizer updates; one tensor for each group."""
         return list(
             self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
         )
@@ -293,7 +299,7 @@ class PartitionedPlayer(Player):
 
     @staticmethod
     def _my_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's stretch of a parameter, the last ones filled up with zeros."""
+        """Returns this rank's part of a whole parameter, flat; the parts of the last ranks are padded with zeros."""
         size = int(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
         padded = torch.zeros(size * dist.get_world_size(), dtype=whole.dtype, device=whole.device)
         padded[: whole.numel()] = whole.flatten()

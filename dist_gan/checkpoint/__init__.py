@@ -1,1 +1,1 @@
-"""Checkpoints: their folder format, the reader that needs no run, the writer of all ranks, and retention."""
+"""Saves and loads checkpoints: the folder format, the reader that needs no run, the writer of all ranks, and retention."""

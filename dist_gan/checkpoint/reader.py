@@ -1,13 +1,14 @@
-"""Reads checkpoints: discovery, verification, tensors. Needs no run, no rank and no pickle.
+"""Finds, verifies and reads checkpoints. Reading needs no running training, no process group and no pickle.
 
-    checkpoint-0007-000000012800/           serial, and images seen
-        data-00000-of-00002.safetensors     one a writing rank, tensors dealt out by size
-        manifest.json                       where each tensor is; size and sha256 of each file; JSON state
-        COMMIT                              sha256 of manifest.json, written last
-        HEALTHY                             beside them, later: training went on well from here
-        ABANDONED                           beside them, later: a rollback went back behind it
+    checkpoint-0007-000000012800/           folder of a checkpoint: serial number, and number of images seen
+        data-00000-of-00002.safetensors     tensors; each rank writes one file, of about equal size
+        manifest.json                       file and position of each tensor, size and sha256 of each file, other state
+        COMMIT                              sha256 of manifest.json; written last
+        HEALTHY                             empty file, added later if no update was skipped after the checkpoint
+        ABANDONED                           empty file, added later if a rollback returned to an earlier checkpoint
 
-A folder without COMMIT, or whose COMMIT does not fit, is not a checkpoint. docs/checkpoints.md is the whole format.
+A folder is a checkpoint only if it has COMMIT and COMMIT holds the sha256 of manifest.json. docs/checkpoints.md describes
+the whole format.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from dist_gan.types import TensorFacts, TrainingFailed, UserError
 
 COMMIT, HEALTHY, ABANDONED = "COMMIT", "HEALTHY", "ABANDONED"
 ANOTHER = "; take another checkpoint"
-"""End of the error sentence for a damaged checkpoint."""
+"""End of every error sentence about a damaged checkpoint; it names the remedy."""
 _PART = 2**24
-"""Bytes of a file that are held at a time while it is verified."""
+"""Number of bytes of a file that are held in memory at a time while the file is verified."""
 _NAME = re.compile(r"checkpoint-([0-9]{4,18})-([0-9]{12,18})")
 
 
 class SearchResult(NamedTuple):
-    """Result of a search for a checkpoint."""
+    """Result of a search for the newest usable checkpoint of a folder."""
 
     url: str | None
     damaged: tuple[str, ...]
-    """Damaged newer checkpoints that were skipped, as file and reason."""
+    """Sentences about newer checkpoints that were skipped because they are damaged: file and reason."""
 
 
 class Entry(NamedTuple):
-    """Facts about a checkpoint folder known from its name and its file names alone."""
+    """Facts about a checkpoint folder that its name and its file names tell, without reading any file."""
 
     url: str
     serial: int
@@ -50,33 +51,33 @@ class Entry(NamedTuple):
     marks: frozenset[str]
     """File names in the folder that mark its status, such as COMMIT."""
     problem: str | None
-    """Reason for which the folder cannot be read; None if it can."""
+    """Reason for which the folder cannot be listed; None if the folder can be listed."""
 
     @property
     def is_committed(self) -> bool:
-        """True if COMMIT, the last file, has been written, or if the folder cannot be read."""
+        """True if the folder has COMMIT, the file that is written last, or if the folder cannot be listed."""
         return COMMIT in self.marks or self.problem is not None
 
     @property
     def is_abandoned(self) -> bool:
-        """True if a rollback went back to an earlier checkpoint."""
+        """True if a rollback has returned training to an earlier checkpoint; no run resumes from an abandoned one."""
         return ABANDONED in self.marks
 
     @property
     def is_healthy(self) -> bool:
-        """True if training continued well from this checkpoint."""
+        """True if the checkpoint is marked HEALTHY, because training continued without skipped updates after it."""
         return HEALTHY in self.marks
 
 
 class Commit(NamedTuple):
-    """A checkpoint that was committed; its files may have been damaged since."""
+    """A checkpoint that was committed, that is, completely written; its files may have been damaged since."""
 
     url: str
     images: int
 
 
 def entries(folder: str) -> Iterator[Entry]:
-    """The checkpoints in a folder by serial, the newest first, committed or not.
+    """Yields the checkpoints in a folder, the newest first, whether they are committed or not.
 
     Raises:
         Damaged: the folder itself cannot be read.
@@ -93,9 +94,9 @@ def entries(folder: str) -> Iterator[Entry]:
 
 
 def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> SearchResult:
-    """The newest committed checkpoint whose files all match its manifest, and the damage found in newer ones.
+    """Finds the newest committed checkpoint whose files all match its manifest, and the damage in newer checkpoints.
 
-    Checkpoints abandoned by a rollback are skipped silently; with `healthy`, so are those not marked healthy.
+    A checkpoint is skipped silently if a rollback has abandoned it, or, with `healthy`, if it is not marked healthy.
 
     Args:
         folder: URL of the folder that holds the checkpoints.
@@ -103,7 +104,7 @@ def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> 
         before: consider only checkpoints with a lower serial.
 
     Raises:
-        TrainingFailed: the store does not answer, so that it is unknown which checkpoints it holds.
+        TrainingFailed: the store does not answer, so that the checkpoints in the folder are unknown.
     """
     damaged: list[str] = []
     for entry in entries(folder):
@@ -119,10 +120,10 @@ def newest(folder: str, *, healthy: bool = False, before: int | None = None) -> 
 
 
 def newest_commit(folder: str) -> Commit | None:
-    """The newest committed and not abandoned checkpoint, found by file names alone, without reading its files.
+    """Finds the newest checkpoint that is committed and not abandoned, by file names alone, without reading any file.
 
-    Used when a run ends and there is no time to compare hashes. None if there is no such checkpoint, or if the folder
-    cannot be read.
+    This function is for the end of a run, when there is no time to compare hashes. It returns None if there is no such
+    checkpoint, or if the folder cannot be read.
     """
     try:
         return next(
@@ -133,7 +134,7 @@ def newest_commit(folder: str) -> Commit | None:
 
 
 def verify(url: str) -> list[str]:
-    """Sentences about all damage found in a checkpoint; empty if it is intact.
+    """Returns a sentence about every damage found in a checkpoint; an empty list if the checkpoint is intact.
 
     Raises:
         TrainingFailed: the store does not answer.
@@ -155,7 +156,7 @@ def verify(url: str) -> list[str]:
 
 
 def read_manifest(url: str) -> dict[str, Any]:
-    """The manifest of a committed checkpoint, with types and ranges of all values checked.
+    """Reads the manifest of a committed checkpoint, and checks the types and ranges of all its values.
 
     Raises:
         Damaged: there is no manifest, COMMIT is not its hash, its format version is another, or a value is invalid.
@@ -188,7 +189,10 @@ def read_manifest(url: str) -> dict[str, Any]:
 
 
 def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a checkpoint, on the CPU; with `prefix`, only the files with tensor names that begin so.
+    """Reads the manifest and the tensors of a checkpoint to the CPU.
+
+    With `prefix`, only the files are read that hold tensors whose names begin with `prefix`, and only those tensors are
+    returned.
 
     Raises:
         Damaged: the checkpoint is damaged or not committed.
@@ -209,7 +213,10 @@ def read(url: str, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def announced(manifest: Mapping[str, Any], *, prefix: str) -> dict[str, TensorFacts]:
-    """Shapes and dtypes, as listed in a manifest, of the tensors under `prefix`; names are returned without it."""
+    """Returns the shape and dtype that a manifest lists for each tensor whose name begins with `prefix`.
+
+    The returned names are without `prefix`.
+    """
     return {
         name.removeprefix(prefix): _facts(entry)
         for name, entry in manifest["tensors"].items()
@@ -218,7 +225,10 @@ def announced(manifest: Mapping[str, Any], *, prefix: str) -> dict[str, TensorFa
 
 
 def prefix_of(manifest: Mapping[str, Any], part: str) -> str | None:
-    """Beginning of the names of a part's tensors in a checkpoint; None if the checkpoint lacks the part."""
+    """Returns the prefix of the names of a part's tensors in a checkpoint; None if the checkpoint lacks the part.
+
+    A part is one component of a run with a state of its own, such as the networks or the progress.
+    """
     if part in manifest["values"]:
         return f"{part}/"
     former = f"{schema.MOVED[part]}/" if part in schema.MOVED else None
@@ -240,7 +250,7 @@ def _checked_file(url: str, name: str, facts: Mapping[str, Any], place: str) -> 
 
 
 def _digest(url: str, place: str) -> tuple[bytes, int, str]:
-    """First bytes, size and sha256 of a file that need not fit into memory."""
+    """Reads a file in pieces; returns the first bytes of the file, its size in bytes, and its sha256 in hex."""
     digest, size, head = hashlib.sha256(), 0, b""
     try:
         end = records.size(url)
@@ -265,7 +275,7 @@ def _compare_size(size: int, facts: Mapping[str, Any], place: str) -> None:
 
 
 def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: str, place: str) -> None:
-    """Raises Damaged unless the header of a tensor file lists the tensors that the manifest lists for it."""
+    """Raises `Damaged` unless the header of a tensor file lists the tensors that the manifest lists for that file."""
     try:
         found = tensorfile.read_header(head, size=size, name=place)
     except ValueError as error:
@@ -281,7 +291,7 @@ def _compare_header(head: bytes, size: int, manifest: Mapping[str, Any], file: s
 
 
 def list_checkpoints(folder: str) -> list[tuple[int, str]]:
-    """Serials and names of all checkpoint folders, committed or not, oldest first.
+    """Lists serial number and name of every checkpoint folder, the oldest first, whether committed or not.
 
     Raises:
         Damaged: the folder cannot be read.
@@ -294,12 +304,14 @@ def list_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def is_name(url: str) -> bool:
-    """True if the last part of a URL is a checkpoint's name."""
+    """Returns whether the last component of a URL is the name of a checkpoint folder."""
     return _NAME.fullmatch(url.rstrip("/").rsplit("/", 1)[-1]) is not None
 
 
 def serial_of(url: str) -> int:
-    """Serial number in a checkpoint's name. Names are compared by it: as text, 10000 would come before 9999.
+    """Returns the serial number in the name of a checkpoint.
+
+    Checkpoints are sorted by this number, because as text 10000 would come before 9999.
 
     Raises:
         Damaged: the name is not that of a checkpoint.
@@ -308,7 +320,7 @@ def serial_of(url: str) -> int:
 
 
 def images_of(url: str) -> int:
-    """Number of images seen at a checkpoint, from its name. Raises Damaged as `serial_of` does."""
+    """Returns the number of images seen in the name of a checkpoint. Raises `Damaged` for any other name."""
     return int(_match(url)[2])
 
 

@@ -1,4 +1,4 @@
-"""Restores the parts of a run from a checkpoint, after a comparison of the settings."""
+"""Restores the parts of a run (networks, optimizers, progress) from a checkpoint, after comparing the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from dist_gan.types import HasTensors, HasValues, Part, UserError
 
 
 def refuse_other_settings(url: str, manifest: Mapping[str, Any], config: str | None) -> None:
-    """Compares the settings in a checkpoint with those of this run; None as `config` compares nothing.
+    """Compares the settings stored in a checkpoint with the settings of the present run.
+
+    `config` holds the present settings as YAML; None skips the comparison.
 
     Raises:
         UserError: the settings are missing, or differ where a resumed run has to keep them.
@@ -42,7 +44,7 @@ def restore(
     *,
     may_lack: Collection[str] = (),
 ) -> None:
-    """Gives every part its tensors and values from a checkpoint; a part that it lacks stays as it is.
+    """Loads tensors and values of a checkpoint into the parts of a run; parts that it may lack stay as they are.
 
     Args:
         url: URL of the checkpoint, for messages.

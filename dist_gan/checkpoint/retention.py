@@ -1,6 +1,6 @@
-"""Retention of checkpoints, and the files by which a rollback marks them. Called on rank 0 only.
+"""Deletes old checkpoints, and writes the files by which a rollback marks checkpoints. Only rank 0 calls this module.
 
-Checkpoints are compared by serial, never by name: as text, 10000 comes before 9999.
+Checkpoints are compared by serial number, never by name: as text, 10000 comes before 9999.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from dist_gan.records import Damaged, Record
 from dist_gan.types import UserError
 
 INTENT = "rollback.json"
-"""Name of the file beside the checkpoints that describes a rollback in progress, for a restart to finish it."""
+"""Name of the file beside the checkpoints that describes an unfinished rollback, so that a restarted run can finish it."""
 _RESTORE = "; a rollback was under way: restore the file, or delete it to go on from the newest checkpoint"
 
 
 def retire(folder: str, newest: str, section: CheckpointSection) -> None:
-    """Deletes checkpoints that the settings do not keep, if the newest is intact; failed deletions are ignored."""
+    """Deletes the checkpoints that the settings do not keep, if the newest checkpoint is intact.
+
+    A failed deletion is ignored; the next call tries again.
+    """
     if reader.verify(newest):
         return
     found = list(reader.entries(folder))[::-1]
@@ -43,7 +46,7 @@ def retire(folder: str, newest: str, section: CheckpointSection) -> None:
 
 
 def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:
-    """Names of the first checkpoint at or after each multiple of `every` images."""
+    """Returns the URLs of the first checkpoint at or after each multiple of `every` images; none if `every` is None."""
     found, last = set(), -1
     for entry in alive if every else ():
         if entry.images // (every or 1) > last:
@@ -53,7 +56,8 @@ def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:
 
 
 def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
-    """Name of the checkpoint with the lowest value of the scalar `wanted`, or the highest for `-scalar`."""
+    """Returns the URL of the checkpoint with the lowest value of the scalar `wanted`, or with the highest for
+    `-scalar`."""
     if not wanted:
         return set()
     name, sign = wanted.removeprefix("-"), -1.0 if wanted.startswith("-") else 1.0
@@ -72,13 +76,13 @@ def _best(alive: Sequence[Entry], wanted: str | None) -> set[str]:
 
 
 def intend_rollback(folder: str, target: str, intent: Mapping[str, Any]) -> None:
-    """Records, before any other action of a rollback, that all checkpoints after `target` are abandoned."""
+    """Writes down, before any other step of a rollback, that all checkpoints newer than `target` are abandoned."""
     value = {"target": target.rsplit("/", 1)[-1], **intent}
     storage.publish(storage.join(folder, INTENT), json.dumps(value).encode())
 
 
 def intended_rollback(folder: str) -> dict[str, Any] | None:
-    """The note of a rollback left unfinished by a killed process; None if there is none.
+    """Reads the description of a rollback that a killed process left unfinished; None if there is no such rollback.
 
     Raises:
         UserError: the note is damaged. Ignoring it would revive abandoned checkpoints.
@@ -98,7 +102,7 @@ def intended_rollback(folder: str) -> dict[str, Any] | None:
 
 
 def check_complete(intent: dict[str, Any], folder: str) -> None:
-    """Raises Damaged unless the note of a rollback holds every entry that the rollback needs."""
+    """Raises `Damaged` unless the description of a rollback holds every entry that the rollback needs."""
     record = Record(intent, place=storage.redact(storage.join(folder, INTENT)), remedy=_RESTORE)
     schema.check_recovery(record.record("recovery"))
     schema.check_stream(record.record("stream"))
@@ -115,7 +119,7 @@ def _check(intent: Record) -> None:
 
 
 def abandon_after(folder: str, target: str) -> None:
-    """Marks every checkpoint that is newer than `target`."""
+    """Marks every checkpoint newer than `target` with a file ABANDONED."""
     serial = reader.serial_of(target)
     for other, name in reader.list_checkpoints(folder):
         if other > serial:
@@ -123,5 +127,5 @@ def abandon_after(folder: str, target: str) -> None:
 
 
 def end_rollback(folder: str) -> None:
-    """Deletes the note of a rollback, once the rollback's own checkpoint has been committed."""
+    """Deletes the description of a rollback, once the rollback has committed a checkpoint of its own."""
     storage.remove(storage.join(folder, INTENT))

@@ -1,4 +1,4 @@
-"""Types and ranges of all values in a checkpoint's manifest, checked before any of them is used.
+"""Checks types and ranges of all values in a checkpoint's manifest before any of them is used.
 
 The hash in COMMIT only proves that the manifest is the one that was written. A manifest written by another program, or
 changed together with its hash, is therefore checked like any other.
@@ -15,11 +15,11 @@ FORMAT = "dist_gan.checkpoint"
 VERSION = 1
 PLAYERS = ("discriminator", "generator")
 LONGEST_CONFIG = 2**20
-"""Largest length of the settings as YAML, in characters."""
+"""Largest length of the settings, written as YAML, in characters."""
 MOST_DRAWS = 2**48
-"""Largest number of batches that a run can have drawn."""
+"""Largest number of batches that a run can have taken from its data."""
 MOVED = {"objective": "progress"}
-"""Parts whose tensors earlier versions stored under the name of another part."""
+"""Former name of each renamed part of a run, under which earlier versions stored the part's tensors."""
 _FILE = re.compile(r"data-[0-9]{5,18}-of-[0-9]{5,18}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SMALLEST_FILE = 8
@@ -73,7 +73,7 @@ def _check_files(manifest: Record) -> None:
 
 
 def _check_values(manifest: Record) -> None:
-    """Checks the saved states of the parts that every checkpoint has. Raises Damaged."""
+    """Checks the saved states of the parts that every checkpoint has. Raises `Damaged` for an invalid value."""
     values = manifest.record("values")
     for part in values:
         values.record(part)
@@ -89,7 +89,7 @@ def _check_values(manifest: Record) -> None:
 
 
 def check_progress(progress: Record) -> None:
-    """Checks the counters of a run's progress. Raises Damaged."""
+    """Checks the counters of a run's progress. Raises `Damaged` for an invalid counter."""
     images = progress.whole("images")
     for name in ("d_updates", "g_updates"):
         progress.whole(name)
@@ -98,7 +98,7 @@ def check_progress(progress: Record) -> None:
 
 
 def check_recovery(recovery: Record) -> None:
-    """Checks the counters of skipped updates and rollbacks. Raises Damaged."""
+    """Checks the counters of skipped updates and rollbacks. Raises `Damaged` for an invalid counter."""
     recovery.whole("rollbacks")
     for player in PLAYERS:
         recovery.record("skipped").whole(player)
@@ -109,7 +109,7 @@ def check_recovery(recovery: Record) -> None:
 
 
 def check_stream(stream: Record) -> None:
-    """Checks the saved position in the data order. Raises Damaged."""
+    """Checks the saved position in the order of the data. Raises `Damaged` for an invalid value."""
     stream.whole("draw", high=MOST_DRAWS)
     stream.text("fingerprint")
     for pair in stream.values.get("damaged", []) if isinstance(stream.values.get("damaged", []), list) else [None]:

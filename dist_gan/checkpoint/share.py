@@ -1,4 +1,4 @@
-"""A rank's share of a checkpoint: the tensors that it writes, the job of writing them, and the hash of the file."""
+"""One rank's share of a checkpoint: the tensors that the rank writes, the job of writing, and the hash of the file."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dist_gan.types import Scalars, TensorFacts
 
 
 class CommittedCheckpoint(NamedTuple):
-    """A checkpoint that has been committed."""
+    """A checkpoint that has been committed, with its duration."""
 
     url: str
     images: int
     blocked_s: float
-    """Seconds for which training was blocked by it."""
+    """Seconds for which saving the checkpoint blocked training."""
     durable_s: float
-    """Seconds from the moment of saving to the commit."""
+    """Seconds from the start of saving to the commit."""
 
 
 class WriteJob(NamedTuple):
-    """State of a run at one moment, to be written as a checkpoint by the background thread."""
+    """State of a run at one moment, which a background thread is to write as a checkpoint."""
 
     url: str
     images: int
     file: str
     values: str
-    """JSON state of all parts at the moment of saving."""
+    """JSON text of the states of all parts of the run at the moment of saving."""
     scalars: Scalars
     fingerprints: Fingerprints
     ready: torch.cuda.Event | None
@@ -41,7 +41,7 @@ class WriteJob(NamedTuple):
 
 
 class BackgroundHash:
-    """sha256 of a buffer, computed in a thread of its own while the buffer is being written."""
+    """Computes the sha256 of a buffer in a thread of its own, while the buffer is being written."""
 
     def __init__(self, data: memoryview) -> None:
         self._hash = hashlib.sha256()
@@ -49,13 +49,16 @@ class BackgroundHash:
         self._thread.start()
 
     def result(self) -> str:
-        """The hash in hex; waits until it is computed."""
+        """Waits until the hash is computed, and returns it in hex."""
         self._thread.join()
         return self._hash.hexdigest()
 
 
 def deal(tensors: Mapping[str, TensorFacts], ranks: int) -> list[list[str]]:
-    """Names of the tensors that each rank writes. The largest come first, each to the rank with the fewest bytes so far."""
+    """Returns the names of the tensors that each rank writes, so that all ranks write about equally many bytes.
+
+    The tensors are dealt from the largest to the smallest, each to the rank that has the fewest bytes so far.
+    """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     num_bytes = [0] * ranks
     for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):

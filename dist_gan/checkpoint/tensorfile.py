@@ -1,7 +1,8 @@
-"""The safetensors format: named tensors as bytes, and back. It holds no code and no checksum.
+"""Converts named tensors to bytes in the safetensors format, and back. The format holds no code and no checksum.
 
-Reading, and writing of small files, is the library's. A checkpoint's file is laid out here instead, into one buffer
-that is allocated once: header, then the numbers, so that what was staged is what is written, without another copy.
+The safetensors library reads all files and writes small ones. A checkpoint's file is laid out by this module instead,
+in one buffer that is allocated once: the header, then the numbers. The buffer that the tensors are copied into is thus
+the buffer that is written to the disk, without a further copy.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
-"""Torch dtypes by their names in the safetensors format."""
+"""Torch dtype for each name of a dtype in the safetensors format."""
 HEADER_LIMIT = 2**24
-"""Largest size of a header, in bytes."""
+"""Largest size of a file's header, in bytes."""
 _MOST_AXES = 16
 _ALIGN = 8
 
 
 def to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """One safetensors file."""
+    """Returns tensors as the bytes of one safetensors file."""
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     return bytes(save(plain))
 
 
 def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Returns the tensors in the bytes of a safetensors file, by their names.
 
     Raises:
-        ValueError: it is none; `name` says which file.
+        ValueError: the bytes are no safetensors file; `name` names the file in the message.
     """
     try:
         return dict(load(data))
@@ -49,17 +50,17 @@ def from_bytes(data: bytes, *, name: str) -> dict[str, Tensor]:
 
 
 class TensorEntry(NamedTuple):
-    """Entry of one tensor in the header of a file: dtype, shape and position."""
+    """Entry of one tensor in the header of a file: shape, dtype, and position of the data."""
 
     facts: TensorFacts
     start: int
-    """Position of the first byte of data, from the beginning of the file."""
+    """Position of the tensor's first byte, in bytes from the beginning of the file."""
     end: int
-    """Position after the last byte of data, from the beginning of the file."""
+    """Position after the tensor's last byte, in bytes from the beginning of the file."""
 
 
 def header_bytes(begin: bytes, *, size: int, name: str) -> int:
-    """Size of a file's header, in bytes, including the eight bytes in front that hold its length.
+    """Returns the size of a file's header, in bytes, including the eight bytes in front that hold the header's length.
 
     Args:
         begin: the first eight bytes of the file, or more.
@@ -76,7 +77,7 @@ def header_bytes(begin: bytes, *, size: int, name: str) -> int:
 
 
 def read_header(head: bytes, *, size: int, name: str) -> dict[str, TensorEntry]:
-    """Shape, dtype and position of each tensor of a file; together the tensors have to fill the file exactly.
+    """Reads shape, dtype and position of each tensor from a file's header; the tensors have to fill the file exactly.
 
     Args:
         head: the header with the eight bytes in front, or more.
@@ -105,7 +106,7 @@ def read_header(head: bytes, *, size: int, name: str) -> dict[str, TensorEntry]:
 
 
 def facts_in(entry: Record) -> TensorFacts:
-    """Shape and dtype in an entry of a tensor file's header or a checkpoint's manifest.
+    """Reads shape and dtype from an entry of a tensor file's header or of a checkpoint's manifest.
 
     Raises:
         Damaged: the shape or dtype is invalid.
@@ -119,11 +120,11 @@ def facts_in(entry: Record) -> TensorFacts:
 
 
 class FileBuffer:
-    """A safetensors file in memory that tensors are copied into.
+    """Holds a safetensors file in memory, which tensors are copied into.
 
     Args:
-        table: what the file is to hold.
-        pinned: whether a GPU can copy into it without waiting.
+        table: shape and dtype of each tensor of the file, by name.
+        pinned: whether the buffer is in pinned memory, into which a GPU copies without waiting.
     """
 
     def __init__(self, table: Mapping[str, TensorFacts], *, pinned: bool) -> None:
@@ -147,10 +148,13 @@ class FileBuffer:
             name: {"shape": e["shape"], "dtype": e["dtype"], "offsets": [begin + o for o in e["data_offsets"]]}
             for name, e in entries.items()
         }
-        """Shape, dtype and place in the file of each tensor."""
+        """Shape, dtype, and first and last byte position in the file, of each tensor."""
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Copies a tensor to its place; from a GPU in the background, in the order of its stream."""
+        """Copies a tensor to its place in the file.
+
+        The copy from a GPU runs in the background, in the order of the current CUDA stream.
+        """
         facts = self.table[name]
         assert tuple(tensor.shape) == facts.shape, (name, tensor.shape, facts)
         assert tensor.dtype == facts.dtype, (name, tensor.dtype, facts)
@@ -159,5 +163,5 @@ class FileBuffer:
         place.copy_(tensor.detach(), non_blocking=True)
 
     def bytes(self) -> memoryview:
-        """The whole file, without a copy."""
+        """Returns the whole file as a view of the buffer, without a copy."""
         return memoryview(self.data.numpy())  # type: ignore[arg-type]

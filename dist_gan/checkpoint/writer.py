@@ -33,7 +33,7 @@ from dist_gan.wording import safe
 
 
 class Checkpointer:
-    """Saves and loads on all ranks together.
+    """Saves checkpoints on all ranks together, and loads them.
 
     Args:
         folder: URL of the folder that holds the checkpoints of a run.
@@ -70,14 +70,14 @@ class Checkpointer:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save(self, images: int, parts: Mapping[str, Part], *, scalars: Scalars | None = None) -> str:
-        """Takes the state as it is now and returns the URL that it is going to be committed at.
+        """Copies the present state of `parts`, starts writing it in the background, and returns the checkpoint's URL.
 
-        Waits only for a checkpoint that is still in flight, and for the copies.
+        Waits only until the previous checkpoint is written, and until the state is copied.
 
         Args:
-            images: images seen.
+            images: number of images seen.
             parts: parts of the run by name.
-            scalars: what the log last showed, for `keep_best`.
+            scalars: latest logged scalars, which `checkpoint.keep_best` compares.
 
         Raises:
             TrainingFailed: on every rank, if the checkpoint before this one could not be written.
@@ -124,12 +124,12 @@ class Checkpointer:
 
     @property
     def is_writer(self) -> bool:
-        """True if this rank, rank 0, writes marks and commits."""
+        """True if this is rank 0, which alone writes COMMIT and the files that mark checkpoints."""
         return self._runtime.is_main
 
     @property
     def order_of_sums(self) -> dict[str, Any]:
-        """Manifest entries that determine the order of summation over ranks."""
+        """Manifest entries that determine the order in which gradients are summed over ranks."""
         return {
             "world_size": self._runtime.world_size,
             "strategy": self._runtime.launch_settings.strategy,
@@ -138,19 +138,19 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """True if this rank knows that the checkpoint in flight has failed; `drain` raises the reason on all ranks."""
+        """True if this rank knows that the checkpoint being written has failed; `drain` raises the reason on all ranks."""
         return self._problem is not None
 
     def finished(self) -> list[CommittedCheckpoint]:
-        """Checkpoints that have been committed since the last call."""
+        """Returns the checkpoints that have been committed since the last call."""
         found, self._written = self._written, []
         return found
 
     def drain(self) -> None:
-        """Waits for the checkpoint in flight.
+        """Waits until the checkpoint that is being written is committed.
 
         Raises:
-            TrainingFailed: it could not be written; on every rank.
+            TrainingFailed: on every rank, if the checkpoint could not be written.
         """
         if self._thread is None:
             return
@@ -256,32 +256,32 @@ class Checkpointer:
     # -- marks ----------------------------------------------------------------------------------------------------
 
     def mark_healthy(self, url: str) -> None:
-        """Says that training went on well from a checkpoint. Rank 0 alone."""
+        """Marks a checkpoint HEALTHY: training continued without skipped updates after it. Only rank 0 calls this."""
         self._check_owner()
         if storage.exists(storage.join(url, reader.COMMIT)):
             storage.publish(storage.join(url, reader.HEALTHY), b"")
 
     def intend_rollback(self, target: str, intent: Mapping[str, Any]) -> None:
-        """Writes down that everything after `target` is abandoned, before anything else of a rollback. Rank 0 alone."""
+        """Records, first of all steps of a rollback, that all checkpoints after `target` are abandoned. On rank 0."""
         self._check_owner()
         retention.intend_rollback(self.folder, target, intent)
 
     def abandon_after(self, target: str) -> None:
-        """Marks every checkpoint newer than `target`. Rank 0 alone."""
+        """Marks every checkpoint newer than `target` as abandoned. Only rank 0 calls this."""
         self._check_owner()
         retention.abandon_after(self.folder, target)
 
     def intended_rollback(self) -> dict[str, Any] | None:
-        """The note of a rollback left unfinished by a killed process, the same on every rank; None if there is none.
+        """Returns, on every rank, the record of a rollback that a killed process left unfinished; None without one.
 
         Raises:
-            UserError: the note is damaged.
+            UserError: the record is damaged.
         """
         value: dict[str, Any] | None = self._on_main(lambda: retention.intended_rollback(self.folder))
         return value
 
     def end_rollback(self) -> None:
-        """Says that the rollback's own checkpoint has been committed. Rank 0 alone."""
+        """Deletes the record of a rollback that has committed a checkpoint of its own. Only rank 0 calls this."""
         self._check_owner()
         retention.end_rollback(self.folder)
 
@@ -307,13 +307,13 @@ class Checkpointer:
         return self._runtime.control_group.share_json(value, error=error)
 
     def newest(self, *, healthy: bool = False, before: int | None = None) -> SearchResult:
-        """The newest committed and undamaged checkpoint, the same on every rank. Arguments as in the format.
+        """Finds the newest committed, undamaged checkpoint, the same on every rank. Arguments: as in `reader.newest`.
 
-        Waits for the checkpoint in flight: a search that overlooked it could abandon all but that one.
+        Waits until the checkpoint being written is committed, so that the search finds that one too.
 
         Raises:
             UserError: there are committed checkpoints and all of them are damaged.
-            TrainingFailed: the store does not answer, or the checkpoint in flight could not be written.
+            TrainingFailed: the store does not answer, or the checkpoint being written failed.
         """
         self.drain()
         found = self._on_main(lambda: reader.newest(self.folder, healthy=healthy, before=before)._asdict())
@@ -326,7 +326,7 @@ class Checkpointer:
         return result
 
     def load(self, url: str, parts: Mapping[str, Part], *, may_lack: Collection[str] = ()) -> dict[str, Any]:
-        """Restores the given parts from a checkpoint; returns its manifest.
+        """Restores the given parts of a run from a checkpoint; returns the checkpoint's manifest.
 
         Args:
             url: URL of the checkpoint.
@@ -334,7 +334,7 @@ class Checkpointer:
             may_lack: parts that stay as they are if the checkpoint lacks them.
 
         Raises:
-            UserError: on every rank, if any found it damaged or not committed, or if it is of other settings or networks.
+            UserError: on every rank, if the checkpoint is damaged, uncommitted, or of other settings or networks.
             TrainingFailed: on every rank, if the store does not answer.
         """
         problem: UserError | TrainingFailed | None = None

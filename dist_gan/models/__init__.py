@@ -1,5 +1,8 @@
-"""Pure networks, one file a family. A generator maps (latents_BZ, labels_B) to images, a discriminator
-(images, labels_B) to logits_B; neither knows of losses, devices or ranks."""
+"""Generators and discriminators, one file per family of networks.
+
+A generator maps (latents_BZ, labels_B) to images, a discriminator maps (images, labels_B) to logits_B. The networks
+know no losses, devices or ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ FAMILIES: dict[str, Family[Any]] = {
 
 
 def families_for(made: str) -> str:
-    """Names of the families that make `images` or `points`, for a sentence."""
+    """Returns the names of the families whose generator makes `images` or `points`, joined by "or"."""
     return " or ".join(kind for kind, family in FAMILIES.items() if family.makes == made)
 
 
 def picture_networks(section: NetworkSettings) -> PictureNetworks:
-    """The settings of networks for images.
+    """Returns the settings unchanged if they are of networks for images.
 
     Raises:
         UserError: the networks are for points.
@@ -41,17 +44,19 @@ def picture_networks(section: NetworkSettings) -> PictureNetworks:
 
 
 def build_generator(section: NetworkSettings) -> nn.Module:
-    """The generator of a kind, with the weights that torch's global generator gives."""
+    """Builds the generator of the family `section.kind`, with weights drawn from torch's global random generator."""
     return FAMILIES[section.kind].build_generator(section)
 
 
 def build_discriminator(section: NetworkSettings) -> nn.Module:
-    """The discriminator of a kind, with the weights that torch's global generator gives."""
+    """Builds the discriminator of the family `section.kind`, with weights drawn from torch's global random generator."""
     return FAMILIES[section.kind].build_discriminator(section)
 
 
 def build_networks(section: NetworkSettings, *, seed: int, own: OwnBuilder | None = None) -> Networks:
-    """Both players, their weights a function of `seed`; torch's global generator is left as it was.
+    """Builds generator and discriminator with weights that depend on `seed` alone.
+
+    The state of torch's global random generator is restored.
 
     Args:
         section: settings of the networks.
@@ -69,12 +74,12 @@ def build_networks(section: NetworkSettings, *, seed: int, own: OwnBuilder | Non
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Numbers that are learned."""
+    """Returns the number of learned numbers in a network."""
     return sum(p.numel() for p in network.parameters())
 
 
 def sizes(section: NetworkSettings, *, own: OwnBuilder | None = None) -> tuple[int, int]:
-    """Numbers of parameters of generator and discriminator, computed without allocating memory for them."""
+    """Returns the numbers of parameters of generator and discriminator, without allocating memory for the parameters."""
     with torch.device("meta"):
         networks = build_networks(section, seed=0, own=own)
     return count_parameters(networks.generator), count_parameters(networks.discriminator)

@@ -1,9 +1,9 @@
-"""The pair of the article that this project grew out of, layer for layer.
+"""Generator and discriminator of the article on GANs from which this project started, with the same layers.
 
-As printed there the generator's strides (1, 2, 2, 2 from 4x4) give 32x32, although the text says 64x64: 32 is the
-literal network, 64 has one more stride-2 stage. Keras' momentum 0.8 is 0.2 in torch, its epsilon 1e-3 is kept, and
-its initialisation (Glorot uniform, biases 0) as well. `padding="same"` of a 4x4 kernel is 1 at the start and 2 at the
-end for stride 1, and 1 on both sides for stride 2.
+The text of the article says 64x64 pixels, but its printed strides (1, 2, 2, 2 from 4x4) give 32x32. At 32 pixels this
+is the printed network; at 64 pixels the generator has one more stage of stride 2. The article uses Keras: its momentum
+0.8 is 0.2 in torch, and its epsilon 1e-3 and its initialisation (Glorot uniform, biases 0) are kept. Keras'
+`padding="same"` of a 4x4 kernel is 1 at the start and 2 at the end for stride 1, and 1 on both sides for stride 2.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def _glorot(network: nn.Module) -> None:
 
 
 class SameTransposed(nn.Module):
-    """4x4 transposed convolution of stride 1 that keeps the side: the full result is 3 wider, cut 1 before, 2 after."""
+    """Applies a 4x4 transposed convolution of stride 1 that keeps height and width.
+
+    The full result is 3 pixels wider and higher: 1 row or column is cut off at the start, and 2 at the end.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class SameTransposed(nn.Module):
 
 
 class Generator(nn.Module):
-    """BZ -> B x channels x resolution x resolution in [-1, 1]."""
+    """Generator: maps latents_BZ to images_BCHW in [-1, 1]."""
 
     def __init__(self, section: ArticleNetworks) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """B x channels x resolution x resolution -> logits_B."""
+    """Discriminator: maps images_BCHW to logits_B."""
 
     def __init__(self, section: ArticleNetworks) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Class conditioning, the same for every family: the label joins the latent, and the logit by projection."""
+"""Class conditioning, the same for every family of networks.
+
+The generator receives the latent joined with an embedding of the label; the discriminator uses a projection.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,17 @@ from dist_gan.models.spectral import SpectralEmbedding, SpectralLinear
 
 
 def require_labels(labels_B: Tensor | None) -> Tensor:
-    """The labels of a conditional network; leaving them out is the caller's mistake."""
+    """Returns the labels of a class-conditional network; raises ValueError if the caller gave none."""
     if labels_B is None:
         raise ValueError("this network is class-conditional: give labels, int64 of shape (B,)")
     return labels_B
 
 
 class LatentWithLabel(nn.Module):
-    """Latent of Z numbers, joined with an embedding of as many numbers as the class: BZ, B -> B(2Z)."""
+    """Joins each latent with an embedding of its label, of equal length: maps latents_BZ and labels_B to shape (B, 2Z).
+
+    Without classes, the latents are returned unchanged.
+    """
 
     def __init__(self, *, latent_dim: int, classes: int) -> None:
         super().__init__()
@@ -30,7 +36,10 @@ class LatentWithLabel(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """Logit of features: w . h + b, plus <embedding of the class, h> / sqrt(F) (Miyato and Koyama 2018): BF, B -> B."""
+    """Maps features_BF and labels_B to logits_B: w . h + b, plus <embedding of the label, h> / sqrt(F).
+
+    h are the F features of an image. Source: Miyato and Koyama 2018. Without classes the second term is absent.
+    """
 
     def __init__(self, *, features: int, classes: int, spectral: bool = False) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 """DCGAN (Radford, Metz, Chintala 2016) for pictures of 16 to 256 pixels a side.
 
 Generator: a 4x4 transposed convolution of the latent, then 4x4 stride-2 stages; ReLU; tanh at the end.
-Discriminator: the mirror image with LeakyReLU 0.2. With `batch` norm it is the paper's network: weights N(0, 0.02),
-no norm at the generator's output and the discriminator's input, no bias before a norm. With `none` the weights are
-He-normal instead (He et al. 2015), since nothing rescales the activations; with `spectral`, in the discriminator, too,
-and every weight is divided by its largest singular value (Miyato et al. 2018).
+Discriminator: 4x4 stride-2 convolutions down to 4x4 pixels, with LeakyReLU 0.2. With batch normalisation these are the
+paper's networks: weights N(0, 0.02), no normalisation at the generator's output and the discriminator's input, no bias
+before a normalisation. Without batch normalisation nothing rescales the activations, so weights are He-normal instead (He
+et al. 2015). With `spectral` every weight of the discriminator is also divided by its largest singular value (Miyato et
+al. 2018).
 
 Two additions from StyleGAN are options: dense layers before the first stage (Karras et al. 2019, section 2), and the
 minibatch standard deviation at the discriminator's end (Karras et al. 2018, section 3). A third, `smooth`, is an
@@ -29,7 +30,7 @@ from dist_gan.models.family import Family, Mixture, PictureNetworks
 from dist_gan.models.spectral import SpectralConv2d, begin_spectral
 
 Norm = Literal["batch", "none", "spectral"]
-"""`spectral` is for the discriminator."""
+"""Kind of normalisation layers; `spectral` is for the discriminator only."""
 MAPPING_WIDTH = 128
 
 
@@ -73,7 +74,10 @@ class DCGANNetworks(PictureNetworks):
 
 
 def _widths(width: int, *, resolution: int) -> list[int]:
-    """Channels from the picture's side down to 4x4: doubled at each halving, at most 8 times the first."""
+    """Returns the number of channels of each feature map, from half the image's side down to 4x4 pixels.
+
+    The number doubles at each halving of the side, up to 8 times `width`.
+    """
     return [width * min(2**i, 8) for i in range(int(math.log2(resolution)) - 2)]
 
 
@@ -92,7 +96,7 @@ def _initialise(network: nn.Module, *, norm: Norm, slope: float) -> None:
 
 
 def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: float) -> None:
-    """Standard deviation gain / sqrt(fan-in), fan-in being the inputs that one output number sums over."""
+    """Draws a weight from N(0, gain^2 / fan-in), where fan-in is the number of inputs that one output sums over."""
     fan_in = module.weight[0].numel()
     if isinstance(module, nn.ConvTranspose2d):
         taps = module.kernel_size[0] * module.kernel_size[1] / (module.stride[0] * module.stride[1])
@@ -101,10 +105,10 @@ def _he_normal(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, *, slope: flo
 
 
 def _smooth(network: nn.Module) -> None:
-    """Initialises each stride-2 stage as bilinear upsampling by two, with randomly mixed channels.
+    """Initialises each stride-2 stage as bilinear upsampling by a factor of two, with randomly mixed channels.
 
-    A kernel of 4x4 is the outer product of [1, 3, 3, 1] / 4 with itself: the weights by which stride 2 interpolates
-    (the filter of Karras et al. 2020, StyleGAN2, section 4.1), times N(0, gain^2 / channels) for each pair of channels.
+    Each 4x4 kernel is the outer product of [1, 3, 3, 1] / 4 with itself, which interpolates at stride 2 (the filter of
+    Karras et al. 2020, StyleGAN2, section 4.1), times N(0, gain^2 / channels) for each pair of channels.
     """
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
     for module in network.modules():
@@ -116,10 +120,11 @@ def _smooth(network: nn.Module) -> None:
 
 
 class MinibatchStdDev(nn.Module):
-    """Joins the spread within groups of images to their features, as one more channel: BCHW -> B(C+1)HW.
+    """Appends one channel with the standard deviation within groups of images: maps BCHW to shape (B, C + 1, H, W).
 
-    The standard deviation over the group, averaged over channels (Karras et al. 2018, section 3); a group is every
-    (B / group)-th image. What an image gets thus depends on the images of the same process and micro-batch.
+    The standard deviation over the images of a group is averaged over channels (Karras et al. 2018, section 3). A group
+    consists of every (B / group)-th image. The channel of an image thus depends on other images of the same process and
+    micro-batch.
     """
 
     def __init__(self, group: int) -> None:
@@ -136,7 +141,7 @@ class MinibatchStdDev(nn.Module):
 
 
 class GrowFromPoint(nn.ConvTranspose2d):
-    """The 4x4 transposed convolution of a single place, BC11 -> BC44: a matrix product, and computed as one."""
+    """4x4 transposed convolution of one pixel, computed as a matrix product: maps shape (B, C, 1, 1) to (B, C', 4, 4)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 4, bias=bias)
@@ -147,7 +152,7 @@ class GrowFromPoint(nn.ConvTranspose2d):
 
 
 class Generator(nn.Module):
-    """BZ -> B x channels x resolution x resolution in [-1, 1]."""
+    """Generator: maps latents_BZ to images_BCHW in [-1, 1]."""
 
     def __init__(self, section: DCGANNetworks) -> None:
         super().__init__()
@@ -182,10 +187,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """B x channels x resolution x resolution -> logits_B.
+    """Discriminator: maps images_BCHW to logits_B.
 
-    Unconditional, the 4x4 features end in one logit by a 4x4 convolution, written as a dense layer of the same
-    weights so that a class can join by projection.
+    The paper's last layer, a 4x4 convolution to one logit, is written as a dense layer with the same weights, to which
+    class conditioning adds a projection of the label.
     """
 
     def __init__(self, section: DCGANNetworks) -> None:

@@ -1,4 +1,4 @@
-"""A family of networks as one value: the class of its settings, its two builders, and what its discriminator mixes."""
+"""Description of a family of networks: the class of its settings, its two builders, and whether its logits mix images."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dist_gan.config.values import Count, Section
 
 
 class NetworkSettings(Protocol):
-    """What the settings of all families have in common."""
+    """Settings that the networks of all families have."""
 
     @property
     def kind(self) -> str:
-        """Name of the family."""
+        """Name of the family of networks."""
         ...
 
     @property
     def classes(self) -> int:
-        """Number of classes to condition on; 0 for none."""
+        """Number of classes of class-conditional networks; 0 for unconditional networks."""
         ...
 
     @property
     def latent_dim(self) -> int:
-        """Length of a latent."""
+        """Length of the latent vector that the generator receives."""
         ...
 
     def model_dump(self, *, mode: Literal["json"]) -> dict[str, Any]:
-        """The settings by name, as JSON values."""
+        """Returns the settings by name, as JSON values."""
         ...
 
 
@@ -62,15 +62,16 @@ S = TypeVar("S", bound=NetworkSettings)
 
 
 def _mixes_nothing(section: NetworkSettings) -> None:
-    """The answer of a family whose discriminator looks at each image alone."""
+    """Returns None: the default of `Family.mixture`, for discriminators whose logit depends on one image alone."""
 
 
 @dataclass(frozen=True)
 class Family(Generic[S]):
-    """One kind of networks.
+    """One family of networks: the class of its settings, and the functions that build its networks.
 
-    Builders take weights from torch's global generator. A generator maps (latents_BZ, labels_B) to images_BCHW in
-    [-1, 1], or to points_B2, and has the attribute `latent_dim`; a discriminator maps (images, labels_B) to logits_B.
+    Builders draw weights from torch's global random generator. A generator maps (latents_BZ, labels_B) to images_BCHW
+    in [-1, 1], or to points_B2, and has the attribute `latent_dim`; a discriminator maps (images, labels_B) to
+    logits_B.
     """
 
     settings: type[S]
@@ -78,9 +79,9 @@ class Family(Generic[S]):
     build_generator: Callable[[S], nn.Module]
     build_discriminator: Callable[[S], nn.Module]
     mixture: Callable[[S], Mixture | None] = _mixes_nothing
-    """The setting by which the discriminator mixes the images of a batch; None if it does not with these settings."""
+    """Function that returns the setting by which a logit depends on several images of its batch, or None without one."""
 
     @property
     def makes(self) -> Literal["images", "points"]:
-        """What the generator makes."""
+        """Kind of data that the generator makes: `images` or `points`."""
         return "images" if issubclass(self.settings, PictureNetworks) else "points"

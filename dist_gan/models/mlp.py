@@ -1,4 +1,4 @@
-"""Two perceptrons for points in the plane, on which the game itself can be watched."""
+"""Two multilayer perceptrons as generator and discriminator of points in the plane, for studies of GAN dynamics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _hidden(in_dim: int, *, width: int, depth: int) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """BZ -> B2, points without bounds."""
+    """Generator: maps latents_BZ to points_B2 of any size."""
 
     def __init__(self, section: MLPNetworks) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """B2 -> logits_B."""
+    """Discriminator: maps points_B2 to logits_B."""
 
     def __init__(self, section: MLPNetworks) -> None:
         super().__init__()

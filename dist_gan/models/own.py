@@ -1,4 +1,4 @@
-"""Networks of the user's own script: the settings that are written in the recipe, and the check of what was built."""
+"""Networks built by the user's own script: their settings in the recipe, and the check of the returned networks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OWN: Family[Any] = Family(OwnNetworks, build_generator=_refuse, build_discrimina
 
 
 def build_own(builder: OwnBuilder, section: OwnNetworks) -> Networks:
-    """Both networks by the user's function; the generator gets the attribute `latent_dim`.
+    """Builds both networks by the user's function, and sets the generator's attribute `latent_dim`.
 
     Raises:
         UserError: the function returned something other than two networks.
@@ -60,12 +60,12 @@ def build_own(builder: OwnBuilder, section: OwnNetworks) -> Networks:
 
 
 def name_of(function: Any) -> str:
-    """Name of a function or class of the user's, for messages and records."""
+    """Returns the name of a function or class of the user's script, for messages and records."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def described(script: Any) -> str:
-    """Name and hash of a recorded script, for a sentence; the record may be from a file."""
+    """Returns name and hash of a recorded script as text for a sentence; the record may come from a file."""
     if not isinstance(script, dict):
         return "no script"
     return f"{script.get('name')!s:.100} (sha256 {script.get('sha256')!s:.12})"

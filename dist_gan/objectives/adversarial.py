@@ -1,4 +1,4 @@
-"""An adversarial loss joined with penalties: what one turn minimises."""
+"""Joins an adversarial loss with penalties to the loss that one player (discriminator or generator) minimises."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ from dist_gan.objectives.section import ObjectiveSection
 from dist_gan.types import Batch, Knobs, Losses, Network
 
 Memory = dict[str, Tensor]
-"""Small tensors that an objective keeps from update to update."""
+"""Small tensors by name that an objective keeps from one update to the next, such as running means of the logits."""
 
 LECAM_DECAY = 0.99
-"""Of the running means of the logits (Tseng et al. 2021, section 4)."""
+"""Decay factor, per discriminator update, of the running means of the logits in the LeCam penalty.
+
+Source: Tseng et al. 2021, section 4.
+"""
 
 
 class Objective(Protocol):
-    """What the two turns of a game minimise."""
+    """Losses of both players, the discriminator and the generator, as the training loop calls them."""
 
     needs_real_in_g_turn: bool
-    """Whether the generator's turn compares with real images, and so takes a batch of its own."""
+    """Whether the generator's loss compares with real images, so that each generator update takes a batch of its own."""
 
     def discriminator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
     ) -> Losses:
-        """Loss of the discriminator's turn; generated images carry no gradient to G."""
+        """Computes the loss that the discriminator minimises; generated images carry no gradient to G."""
         ...
 
     def generator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
     ) -> Losses:
-        """Loss of the generator's turn."""
+        """Computes the loss that the generator minimises."""
         ...
 
     def initial_memory(self, device: torch.device, dtype: torch.dtype) -> Memory:
-        """The memory of a run that begins."""
+        """Returns the memory with which a run begins."""
         ...
 
     def remember(self, memory: Memory, observed: dict[str, Tensor]) -> None:
-        """Moves the memory, in place, by what an update observed, already averaged over all ranks."""
+        """Updates the memory in place with the values that an update observed, already averaged over all ranks."""
         ...
 
 
 class AdversarialObjective:
-    """Any of the losses with any of the penalties.
+    """Joins any adversarial loss with any of the penalties.
 
     Args:
-        section: the settings.
-        latent_dim: numbers in a latent.
-        penalties_apart: penalties make their own forward pass with autocast off, as mixed precision needs; else R1
-            and R2 share the pass of the loss.
-        loss: formulae of both players in place of those that the settings name.
+        section: settings of the losses and penalties.
+        latent_dim: length of a latent vector.
+        penalties_apart: True computes penalties in a forward pass of their own with autocast off, as mixed precision
+            needs; False lets R1 and R2 share the forward pass of the loss.
+        loss: formulae of discriminator and generator, used instead of the loss that the settings name.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class AdversarialObjective:
     def discriminator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
     ) -> Losses:
-        """Adversarial loss on real and generated images, plus the penalties whose weight is not 0."""
+        """Computes the adversarial loss on real and generated images, plus the penalties whose weight is not 0."""
         with torch.no_grad():
             fake = G(self._latents("discriminator", batch, draws), batch.labels)
         real = self._noisy("noise/discriminator/real", batch.images, batch, draws, knobs)
@@ -121,7 +124,10 @@ class AdversarialObjective:
     def generator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory
     ) -> Losses:
-        """Adversarial loss of freshly generated images; a paired one compares them with the images of `batch`."""
+        """Computes the adversarial loss of newly generated images.
+
+        A paired loss compares each generated image with a real image of `batch`.
+        """
         purpose = "discriminator" if self.section.shared_batch else "generator"
         fake = G(self._latents(purpose, batch, draws), batch.labels)
         fake_B = _full(D(self._noisy("noise/generator/fake", fake, batch, draws, knobs), batch.labels))
@@ -134,12 +140,12 @@ class AdversarialObjective:
         return Losses(total, {"loss/generator": total.detach(), "logits/generated": fake_B.detach().mean()}, {})
 
     def initial_memory(self, device: torch.device, dtype: torch.dtype) -> Memory:
-        """Running means of the logits for LeCam; nothing otherwise."""
+        """Returns zeros for the running means of the logits and their number of updates, or nothing without LeCam."""
         names = ("lecam/real", "lecam/fake", "lecam/updates") if self.section.lecam > 0 else ()
         return {name: torch.zeros((), device=device, dtype=dtype) for name in names}
 
     def remember(self, memory: Memory, observed: dict[str, Tensor]) -> None:
-        """Running means; the first update sets them."""
+        """Updates the running means of the logits in place; the first update sets each mean to the observed value."""
         if observed:
             weight = torch.where(memory["lecam/updates"] == 0, 1.0, 1.0 - LECAM_DECAY)
             for name, value in observed.items():
@@ -150,18 +156,18 @@ class AdversarialObjective:
         return draws.normal(f"latents/{purpose}", draw=batch.draw, slots=batch.slots, shape=(self.latent_dim,))
 
     def _noisy(self, purpose: str, images: Tensor, batch: Batch, draws: Draws, knobs: Knobs) -> Tensor:
-        """Images with instance noise (Sonderby et al. 2017), independent for every turn and slot."""
+        """Adds instance noise (Sonderby et al. 2017) to images, independent for every image and every use of it."""
         if knobs.instance_noise <= 0:
             return images
         noise = draws.normal(purpose, draw=batch.draw, slots=batch.slots, shape=tuple(images.shape[1:]))
         return images + knobs.instance_noise * noise.to(images.dtype)
 
     def _critic(self, D: Network, labels_B: Tensor | None, images: Tensor) -> Tensor:
-        """The discriminator in the precision of its weights, whatever autocast says."""
+        """Runs the discriminator in the precision of its weights, with autocast off."""
         with torch.autocast(images.device.type, enabled=False):
             return D(images, labels_B)
 
 
 def _full(logits_B: Tensor) -> Tensor:
-    """Logits out of autocast's half precision; float64 stays."""
+    """Converts logits of half precision to float32; returns float32 and float64 logits unchanged."""
     return logits_B.float() if logits_B.dtype in (torch.bfloat16, torch.float16) else logits_B

@@ -1,4 +1,4 @@
-"""Adversarial losses on logits: each takes logits of real and generated images, B, and gives a scalar.
+"""Adversarial losses on logits: each loss takes the logits of B real and B generated images, and returns a scalar.
 
 In the formulae, x = D(real), f = D(generated) and s = softplus, so that s(-x) = -log sigmoid(x) and
 s(f) = -log(1 - sigmoid(f)); E is the mean over the batch, and (a)+ is a where it is positive, else 0.
@@ -13,38 +13,39 @@ from torch.nn.functional import relu, softplus
 
 
 class DiscriminatorLoss(Protocol):
-    """The discriminator's formula of a loss."""
+    """Formula of an adversarial loss that the discriminator minimises."""
 
     def __call__(self, *, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
-        """The loss, a scalar.
+        """Computes the discriminator's loss, a scalar.
 
         Args:
             real_B: logits of real images.
-            fake_B: logits of generated images of the same slots.
-            label_smoothing: real images get the target 1 - this (Salimans et al. 2016); 0 for a loss without targets.
+            fake_B: logits of generated images.
+            label_smoothing: amount by which the target 1 of real images is lowered (Salimans et al. 2016); 0 for a loss
+                without targets.
         """
         ...
 
 
 class GeneratorLoss(Protocol):
-    """The generator's formula of a loss."""
+    """Formula of an adversarial loss that the generator minimises."""
 
     def __call__(self, *, fake_B: Tensor, real_B: Tensor) -> Tensor:
-        """The loss, a scalar; `real_B` has no elements unless the loss is paired."""
+        """Computes the generator's loss, a scalar; `real_B` has no elements unless the loss is paired."""
         ...
 
 
 class Loss(NamedTuple):
-    """One kind of adversarial loss: the formulae of both players, and what they need."""
+    """One kind of adversarial loss: the formulae of discriminator and generator, and what the formulae need."""
 
     discriminator: DiscriminatorLoss
     generator: GeneratorLoss
     description: str
-    """Both formulae, and their source."""
+    """Both formulae and their source."""
     is_paired: bool = False
-    """True if the generator's formula compares each generated image with the real image of its slot."""
+    """True if the generator's formula compares each generated image with the real image at the same index of the batch."""
     has_targets: bool = False
-    """True if the discriminator's formula has targets, which labels can be smoothed towards."""
+    """True if the discriminator's formula is a cross-entropy with targets, which label smoothing can move."""
 
 
 def _cross_entropy(*, real_B: Tensor, fake_B: Tensor, label_smoothing: float) -> Tensor:
@@ -127,5 +128,8 @@ LOSSES: dict[str, Loss] = {
 
 
 def lecam(*, real_B: Tensor, fake_B: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
-    """E (D(x) - a_F)+^2 + E (a_R - D(G(z)))+^2 with running means a of the logits (Tseng et al. 2021, eq. 3)."""
+    """Computes the LeCam penalty E (D(x) - a_F)+^2 + E (a_R - D(G(z)))+^2 (Tseng et al. 2021, eq. 3), a scalar.
+
+    a_R is `mean_real` and a_F is `mean_fake`, the running means of the logits of real and generated images.
+    """
     return relu(real_B - mean_fake).square().mean() + relu(mean_real - fake_B).square().mean()

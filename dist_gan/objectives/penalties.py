@@ -1,6 +1,7 @@
-"""Penalties on the discriminator's gradient at its input, differentiable once more.
+"""Penalties on the discriminator's gradient with respect to its input, themselves differentiable.
 
-A penalty takes (images, logits) where it shares the loss' forward pass, and (critic, images) where it makes its own.
+A penalty that shares the forward pass of the loss takes (images, logits); a penalty that makes a forward pass of its own
+takes (critic, images), where the critic is the discriminator as a function of images alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ PENALTIES = {
     "r2_gamma": "penalty/r2",
     "gradient_penalty": "penalty/gradient_penalty",
 }
-"""Every gradient penalty: the setting of `objective` that is its weight, and the scalar that it is logged as."""
+"""Name of the logged scalar of each gradient penalty, by the setting in the section `objective` that is the penalty's
+weight."""
 
 
 def input_gradient(images: Tensor, logits_B: Tensor) -> Tensor:
-    """Gradient of each image's logit at that image, shape of `images`, with its graph kept.
+    """Computes the gradient of each image's logit with respect to that image, with its graph kept; shape of `images`.
 
-    Autocast is off: it would reach into this backward pass too, which is part of the penalty's forward pass.
+    Autocast is switched off, because it would lower the precision of this gradient, which the penalty is computed from.
     """
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(logits_B.sum(), images, create_graph=True)
@@ -29,20 +31,23 @@ def input_gradient(images: Tensor, logits_B: Tensor) -> Tensor:
 
 
 def squared_gradient_norm(images: Tensor, logits_B: Tensor) -> Tensor:
-    """|grad D(x)|^2 summed over all but the batch, B: R1 at real images, R2 at generated ones.
+    """Computes |grad D(x)|^2 for each image, shape (B,), at real images for R1 and at generated images for R2.
 
-    The penalty is gamma / 2 times its mean (Mescheder, Geiger, Nowozin 2018, eq. 9 and 10).
+    The penalty is gamma / 2 times the mean of this value (Mescheder, Geiger, Nowozin 2018, eq. 9 and 10).
     """
     return input_gradient(images, logits_B).flatten(1).square().sum(dim=1)
 
 
 def unit_gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """(|grad D(x)| - 1)^2, B, at the given points; lambda times its mean is WGAN-GP (Gulrajani et al. 2017, eq. 3)."""
+    """Computes (|grad D(x)| - 1)^2 at each given point, shape (B,).
+
+    The mean times the weight lambda is the WGAN-GP penalty (Gulrajani et al. 2017, eq. 3).
+    """
     images = images.detach().requires_grad_()
     squared_B = squared_gradient_norm(images, critic(images))
     return ((squared_B + 1e-12).sqrt() - 1.0).square()
 
 
 def interpolate(real: Tensor, fake: Tensor, *, weight_B: Tensor) -> Tensor:
-    """Points between each real image (weight 0) and the generated image of its slot (weight 1)."""
+    """Interpolates between each real image (weight 0) and the generated image at the same index (weight 1)."""
     return torch.lerp(real, fake, weight_B.view(-1, *[1] * (real.dim() - 1)).to(real.dtype))

@@ -1,4 +1,4 @@
-"""Settings of the objective."""
+"""Settings of the losses and penalties: the section `objective` of a run's configuration."""
 
 from __future__ import annotations
 

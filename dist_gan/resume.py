@@ -1,4 +1,8 @@
-"""Start state of a run: the newest checkpoint, another run's weights, or a healthy checkpoint after a failure."""
+"""State with which a run starts: from its newest checkpoint, from another run's weights, or from a healthy checkpoint.
+
+A run is rolled back to its newest healthy checkpoint (one after which training continued without failure) when training
+has failed.
+"""
 
 from __future__ import annotations
 
@@ -20,36 +24,37 @@ from dist_gan.state import MAY_BEGIN_ANEW, TrainState
 from dist_gan.types import TrainingFailed, UserError
 
 KEPT_IN_ROLLBACK = ("stream", "recovery")
-"""Parts that a rollback does not restore: the data order continues, and the budget of rollbacks stays spent."""
+"""Parts of the state that a rollback does not restore: the position in the data, and the number of rollbacks made."""
 
 _LEAST_SHARE = 0.5
-"""Share of a network's parameters, counted in numbers; `run.init_from` needs more than that to fit."""
+"""Share of a network's parameters (numbers, not tensors); of at least one network, more has to fit `run.init_from`."""
 
 
 class Resumed(NamedTuple):
-    """Result of resuming: the checkpoint, and notes for the user."""
+    """Result of resuming a run: the checkpoint that was loaded, and notes for the user."""
 
     url: str | None
     """Checkpoint that the run resumes from; None for a new run."""
     notes: tuple[str, ...]
     """Notes for the user about damaged checkpoints that were skipped and weights that did not fit."""
     finished_rollback: bool
-    """True if an interrupted rollback has been repeated and has to be committed."""
+    """True if an interrupted rollback was found and completed, and now has to be committed by a new checkpoint."""
 
 
 def resume(
     config: RunConfig, checkpointer: Checkpointer, state: TrainState, *, script: Mapping[str, Any] | None = None
 ) -> Resumed:
-    """Puts into the state what the run goes on from. Collective.
+    """Loads the checkpoint or the weights with which the run starts into its state, if there are any. Collective.
 
     Args:
         config: every setting.
-        checkpointer: checkpoints of the run.
+        checkpointer: reader and writer of the run's checkpoints.
         state: state of the run, as it is before the first image.
-        script: record of the user's script that parts of the run are from; None without such parts.
+        script: record of the user's script that defines parts of the run; None without such parts.
 
     Raises:
-        UserError: what was asked for is not there, is damaged, or belongs to another run.
+        UserError: the checkpoint or the weights that the settings ask for are absent, damaged, or of another run.
+        TrainingFailed: a rollback was interrupted, and there is no healthy checkpoint to complete it with.
     """
     wanted = config.run.resume
     if wanted not in ("auto", "never"):
@@ -72,7 +77,7 @@ def resume(
     if intent is None:
         return Resumed(found.url, notes, False)
     if manifest["values"].get("recovery", {"rollbacks": 0})["rollbacks"] >= intent["recovery"]["rollbacks"]:
-        return Resumed(found.url, notes, True)  # only the note of it had not been removed
+        return Resumed(found.url, notes, True)  # the rollback was complete, except that its intent was not removed
     target = checkpointer.newest(healthy=True, before=reader.serial_of(intent["target"]) + 1)
     if target.url is None:
         raise TrainingFailed(_no_way_back("a rollback was cut off", target))
@@ -87,7 +92,7 @@ def _passed_over(found: SearchResult) -> tuple[str, ...]:
 def _notes(
     manifest: dict[str, Any], checkpointer: Checkpointer, state: TrainState, script: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """Notes about what this start has otherwise than the one that wrote the checkpoint."""
+    """Returns notes for the user about differences between this start and the start that wrote the checkpoint."""
     notes = (*_unknown_settings(manifest), *_begun_anew(manifest, state), *_not_bitwise(manifest, checkpointer))
     before, now = manifest.get("script"), script
     if (before is None and now is None) or (isinstance(before, dict) and now and before.get("sha256") == now["sha256"]):
@@ -96,7 +101,7 @@ def _notes(
 
 
 def _begun_anew(manifest: Mapping[str, Any], state: TrainState) -> tuple[str, ...]:
-    """Notes about parts of the run that the checkpoint lacks."""
+    """Returns a note for each part of the run's state that the checkpoint lacks."""
     lacking = [part for part in state.parts() if reader.prefix_of(manifest, part) is None]
     if not state.memory and "objective" in lacking:  # there is no memory to lose
         lacking.remove("objective")
@@ -104,7 +109,7 @@ def _begun_anew(manifest: Mapping[str, Any], state: TrainState) -> tuple[str, ..
 
 
 def _unknown_settings(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes about settings in a checkpoint that are unknown to this version of the program."""
+    """Returns a note for each setting in a checkpoint that this version of the program does not know."""
     _, unknown = (
         read_written(manifest["config"], place="the checkpoint's configuration") if "config" in manifest else ((), [])
     )
@@ -120,7 +125,10 @@ def _no_way_back(reason: str, found: SearchResult) -> str:
 
 
 def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[str, ...]:
-    """Note that a resumed run is not bitwise that of an uninterrupted one, if the order of summation has changed."""
+    """Returns a note if the resumed run will not be bitwise equal to an uninterrupted run.
+
+    The results differ by rounding if gradients are summed in another order than when the checkpoint was written.
+    """
     now = checkpointer.order_of_sums
     before = {name: manifest.get(name) for name in now}
     if any(before[name] != now[name] for name in ("world_size", "strategy")):
@@ -139,7 +147,9 @@ def _not_bitwise(manifest: dict[str, Any], checkpointer: Checkpointer) -> tuple[
 
 
 def roll_back(checkpointer: Checkpointer, state: TrainState, *, reason: str) -> str:
-    """Takes the run back to its newest healthy checkpoint; returns its URL. Save before training goes on. Collective.
+    """Takes the run back to its newest healthy checkpoint; returns the checkpoint's URL. Collective.
+
+    The caller has to save a new checkpoint before training continues.
 
     Raises:
         TrainingFailed: there is no healthy checkpoint.
@@ -157,7 +167,14 @@ def roll_back(checkpointer: Checkpointer, state: TrainState, *, reason: str) -> 
 
 
 def _go_back(checkpointer: Checkpointer, state: TrainState, url: str, intent: dict[str, Any]) -> None:
-    """The part of a rollback that can be done again: marks, weights, counters."""
+    """Does the part of a rollback that can be repeated: marks newer checkpoints as abandoned, and loads the state.
+
+    Args:
+        checkpointer: reader and writer of the run's checkpoints.
+        state: state of the run.
+        url: checkpoint to go back to.
+        intent: values of the parts that the rollback does not restore, as recorded when the rollback began.
+    """
     if checkpointer.is_writer:
         checkpointer.abandon_after(url)
     parts = {name: part for name, part in state.parts().items() if name not in KEPT_IN_ROLLBACK}
@@ -170,12 +187,12 @@ def _go_back(checkpointer: Checkpointer, state: TrainState, url: str, intent: di
 def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
     """Loads the weights of another run or of an exported generator, as far as names and shapes fit; returns notes.
 
-    The averaged generator of the source becomes both generator and average, so that training continues from the
-    samples that users have seen; the source's raw generator is that of one moment. At least one network has to receive
-    the larger part of its weights, counted in numbers: a bias or a last layer that happens to fit is not enough.
+    The averaged generator of the source initialises both the generator and its average, so that training continues from
+    the generator whose samples users have seen. At least one of the two networks has to receive more than half of its
+    parameters, counted in numbers, not in tensors: a bias or a last layer that happens to fit is not enough.
 
     Raises:
-        UserError: there is nothing at the URL, or the larger part fits for neither network.
+        UserError: there is nothing at the URL, or neither network would receive more than half of its parameters.
     """
     source, notes = _weights_at(url)
     lines, shares, fitting = [], [], {}
@@ -219,7 +236,7 @@ def _warm_start(url: str, state: TrainState) -> tuple[str, ...]:
 
 
 def _weights_at(url: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Weights and buffers at a URL, by `player/name`, and notes about the source."""
+    """Reads the weights and buffers at a URL; returns them by `generator/NAME` or `discriminator/NAME`, and notes."""
     if records.names_in(url, (CONFIG,)):
         exported = read_weights(url)
         return {f"generator/{name}": tensor for name, tensor in exported.tensors.items()}, exported.notes

@@ -27,7 +27,7 @@ class Update(NamedTuple):
     player: str
     """Name of the player: `generator` or `discriminator`."""
     norm: float
-    """Norm of the reduced gradient before clipping, equal on every rank; no rank applies an update of infinite norm."""
+    """Norm of the reduced gradient before clipping, equal on every rank, so that all ranks skip the same updates."""
     applied: bool
     """True if the weights were changed; False for a skipped update."""
     culprit: str | None

@@ -50,13 +50,13 @@ class RankGroup:
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place; returns the tensor, which is on the group's device (CPU or training device)."""
+        """Sums a tensor on the group's device (CPU or training device) over the ranks, in place; returns the tensor."""
         if self._world_size > 1:
             dist.all_reduce(values, group=self.process_group)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Averages a tensor over the ranks, in place; returns the tensor, which is on the group's device."""
+        """Averages a tensor on the group's device (CPU or training device) over the ranks, in place; returns the tensor."""
         if self._world_size > 1:
             self.sum(values).div_(self._world_size)
         return values
@@ -134,7 +134,7 @@ class RankGroup:
         _raise_first_error(self.gather_json(_to_json(error)))
 
     def agree(self, problem: str | None) -> None:
-        """Raises TrainingFailed on every rank if any rank has a problem; the error names the lowest such rank and its problem."""
+        """Raises TrainingFailed on every rank if any rank has a problem: the problem of the lowest such rank."""
         raise_first(self.gather_json(problem))
 
     def compare_replicas(self, fingerprints: Fingerprints) -> None:

@@ -1,4 +1,7 @@
-"""One process of a training run: its rank, device and precision, its process groups, and the two players."""
+"""One process of a training run: rank, device, precision, process groups, and the two players.
+
+A player is a network (generator or discriminator) with its optimizer, wrapped for DDP or DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +35,27 @@ from dist_gan.types import Network, Networks, TrainingFailed, UserError
 from dist_gan.wording import safe
 
 COLLECTIVE_MARGIN_S = 30
-"""Seconds by which a collective's time limit exceeds the heartbeat's: the heartbeat names the lost rank, and a
-collective that times out does not."""
+"""Seconds by which the time limit of a collective exceeds that of the heartbeat.
+
+The heartbeat thus fails first, and names the lost rank; the error of a collective that times out names no rank.
+"""
 
 
 class Runtime:
     """One process of a training run.
 
-    It has three groups of all ranks, so that no reduction waits for one of another kind.
+    A process has three groups of all ranks, so that no reduction waits for a reduction of another kind.
 
-    - `training_group` reduces tensors on the training device, between the kernels of a step: NCCL on GPUs, gloo on CPUs.
-    - `control_group` serves the training thread's decisions, in tensors on the CPU: gloo.
-    - `writer_group` serves the thread that writes checkpoints: gloo.
+    - `training_group` reduces tensors on the training device, with NCCL on GPUs and with gloo on CPUs.
+    - `control_group` exchanges the decisions of the training thread, in tensors on the CPU, with gloo.
+    - `writer_group` exchanges messages of the thread that writes checkpoints, with gloo.
 
     Args:
         section: settings of devices, precision and processes.
         launch_settings: settings from the launcher's environment.
-        meeting: the launch's store, after all ranks have joined; None to join here.
-        on_lost: called with the lost ranks before this process ends because of them.
-        on_notice: called with another rank's notice that the launch is over, before this process ends.
+        meeting: the launch's key-value store, which all ranks have joined; None to connect to the store here.
+        on_lost: function that is called with the lost ranks before this process ends because of them.
+        on_notice: function that is called with another rank's message that the launch is over, before this process ends.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Runtime:
         timeout = timedelta(seconds=section.start_timeout_s)
         meeting = meeting or open_meeting(os.environ, patience_s=section.start_timeout_s)
         self.meeting: Meeting | None = None
-        """The launch's store, over the connection of the heartbeats; None for a lone process."""
+        """The launch's key-value store, over the connection that the heartbeats use; None in a launch of one process."""
         self._heartbeat: Heartbeat | None = None
         if meeting is not None:
             self.meeting = meeting.reconnect()
@@ -123,9 +128,9 @@ class Runtime:
         return self.rank == 0
 
     def _set_threads(self) -> None:
-        """Sets torch's threads: by default, this machine's cores divided by its processes.
+        """Sets torch's number of threads: by default, this machine's cores divided by its number of processes.
 
-        Launchers ask for one thread where the user has not set a number.
+        A launcher's default, one thread a process, is overridden.
         """
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -135,7 +140,7 @@ class Runtime:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
     def describe(self) -> dict[str, Any]:
-        """Device, precision, threads and strategy of the start, for the run's first event."""
+        """Returns number of processes, device, precision, threads and strategy, for the first event in the run's log."""
         return {
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
@@ -146,20 +151,20 @@ class Runtime:
 
     @property
     def summary(self) -> str:
-        """Number of processes, device, strategy and precision, in words, for the first line of a start."""
+        """Text of one line with number of processes, device, strategy and precision, printed when the run starts."""
         facts = self.describe()
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         return f"{processes} on {facts['device']}, {facts['strategy']}, {facts['precision']}"
 
     @staticmethod
     def packages() -> dict[str, str]:
-        """Versions of the packages that wrap the players, by name."""
+        """Returns the versions of the packages that wrap the networks, by the name of the package."""
         return {"accelerate": accelerate.__version__}
 
     def seed(self, value: int) -> None:
-        """Seeds torch's generators of the CPU and of this process' device, used by dropout and noise in networks.
+        """Seeds torch's random generators of the CPU and of this process's device, which dropout and noise in networks use.
 
-        `torch.manual_seed` gives the same numbers, but visits every backend that torch knows, at 0.2 ms a call.
+        `torch.manual_seed` gives the same numbers, but seeds every backend that torch knows, which takes 0.2 ms a call.
         """
         torch.default_generator.manual_seed(value)
         if self.device.type == "cuda":
@@ -170,9 +175,14 @@ class Runtime:
     def players(
         self, networks: Networks, *, g_optim: OptimizerSettings, d_optim: OptimizerSettings
     ) -> tuple[Player, Player]:
-        """Generator and discriminator, moved to the device, wrapped, each with its optimizer.
+        """Moves both networks to the device, wraps them, and builds their optimizers; returns both players.
 
-        In ZeRO stage 3 the networks' weights are partitioned in place: whatever needs them whole copies them before.
+        In ZeRO stage 3 the networks' weights are partitioned in place; whole weights have to be copied before this call.
+
+        Args:
+            networks: generator and discriminator.
+            g_optim: settings of the generator's optimizer.
+            d_optim: settings of the discriminator's optimizer.
         """
         return (
             self._player("generator", networks.generator, g_optim),
@@ -215,10 +225,16 @@ class Runtime:
 
     @contextmanager
     def turn(self, active: Player, resting: Player, *, last_micro: bool) -> Iterator[tuple[Network, Network]]:
-        """Encloses the forward passes of a turn; yields what to call for generator and discriminator.
+        """Context for the forward passes of a turn, in which one player is trained and the other one is frozen.
 
-        The resting player is frozen and called past its wrapper, so nothing of it is ever reduced. Call backward
-        after the block: its kernels take their precision from the forward pass.
+        Yields the generator and the discriminator to call. The frozen player is called without its wrapper, so none of
+        its gradients is reduced. The backward pass belongs after the context, since its kernels take their precision
+        from the forward pass.
+
+        Args:
+            active: player that is trained.
+            resting: player that is frozen.
+            last_micro: True for the last micro-batch of the update, after which the gradients are reduced.
         """
         self.mark(f"the {active.name}'s turn")
         active.module.requires_grad_(True)
@@ -236,7 +252,7 @@ class Runtime:
 
     @torch.no_grad()
     def average_buffers(self, *players: Player) -> None:
-        """Means of the floating buffers over all ranks, in one reduction, so that replicas stay bitwise equal."""
+        """Averages the floating-point buffers over all ranks, in one reduction, so that replicas stay bitwise equal."""
         if self.world_size == 1:
             return
         buffers = [b for player in players for b in player.module.buffers() if b.is_floating_point()]
@@ -248,13 +264,20 @@ class Runtime:
     # -- slots of the global batch --------------------------------------------------------------------------------
 
     def slots(self, batch: int) -> Tensor:
-        """This rank's places in the global batch: every world_size-th, so that a rank keeps its lanes."""
+        """Returns the slots (positions in the global batch) of this rank: every `world_size`-th, from `rank` on, int64.
+
+        Args:
+            batch: number of samples of the global batch.
+
+        Raises:
+            UserError: the number of samples is not divisible by the number of processes.
+        """
         if batch % self.world_size:
             raise UserError(f"run.batch: {batch} images do not divide over {self.world_size} processes")
         return torch.arange(self.rank, batch, self.world_size)
 
     def now_on_device(self) -> torch.cuda.Event | None:
-        """A moment of the device's stream that can be waited for; None where there is nothing to wait for."""
+        """Records an event in the device's current stream, for which another stream can wait; returns None on a CPU."""
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
@@ -264,26 +287,27 @@ class Runtime:
     # -- time -----------------------------------------------------------------------------------------------------
 
     def mark(self, landmark: str) -> None:
-        """Notes that this rank begins `landmark`, such as a player's turn; the heartbeat publishes it.
+        """Counts a landmark as passed: this rank begins the part of training that `landmark` names.
 
-        Every rank passes the same landmarks in the same order, so that a rank that hangs is one that is behind.
+        The heartbeat publishes the number of passed landmarks. Every rank passes the same landmarks in the same order,
+        so a rank that has passed fewer than the others is slower than them, or hangs.
         """
         if self._heartbeat is not None:
             self._heartbeat.mark(landmark)
 
     @property
     def landmark(self) -> str:
-        """Name of the landmark that this rank passed last; empty for a lone process."""
+        """Name of the landmark (named point of training) that this rank passed last; empty in a launch of one process."""
         return self._heartbeat.landmark if self._heartbeat is not None else ""
 
     def find_lost_ranks(self) -> LostRanks:
-        """Looks for dead and hanging ranks, after a collective has failed. Takes a few seconds."""
+        """Looks for dead, silent and hanging ranks after a collective has failed, which takes a few seconds; returns them."""
         return self._heartbeat.find_lost_ranks() if self._heartbeat is not None else LostRanks(None)
 
     def shorten_timeout(self) -> None:
-        """Limits all waits for other ranks to `runtime.step_timeout_s`, once the first step is done.
+        """Limits all waits for other ranks to `runtime.step_timeout_s`; called after the first training step.
 
-        Until then, ranks may be minutes apart: in reading the data set, or in compiling kernels.
+        Before that, one rank may be minutes behind another, while it reads the data set or compiles kernels.
         """
         if self._heartbeat is not None:
             self._heartbeat.patience_s = self.section.step_timeout_s
@@ -296,7 +320,7 @@ class Runtime:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory of this process so far: the device's on a GPU, the resident set on a CPU."""
+        """Returns the peak memory of this process in bytes: allocated memory of the GPU, or resident memory on a CPU."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         import resource
@@ -304,9 +328,9 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
-        """Destroys the process groups, on all ranks together: NCCL waits for every rank.
+        """Ends the heartbeats and destroys the process groups, on all ranks together, since NCCL waits for every rank.
 
-        Called only after a successful barrier. After a failure, a rank ends its process instead.
+        This method is called only after a successful barrier; after a failure, a rank ends its process instead.
         """
         if self._heartbeat is not None:
             self._heartbeat.close()

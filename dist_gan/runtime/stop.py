@@ -56,7 +56,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context in which stop signals do not interrupt an operation; its end raises `StoppedBeforeTraining` if one arrived."""
+        """Context that stop signals do not interrupt; at its end, `StoppedBeforeTraining` is raised if a signal arrived."""
         self._is_deferred, before = True, self._is_deferred
         try:
             yield

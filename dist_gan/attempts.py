@@ -1,14 +1,14 @@
-"""The file `attempts.jsonl` of a run: lock of the run's folder, number of starts, where each began and how it ended.
+"""The file `attempts.jsonl` in the folder of a run: lock of the folder, and history of the run's attempts.
 
-Lines are appended and never changed, so a torn line costs no other one:
+An attempt is one start of the run. Lines are appended and never changed, so a damaged line damages no other line:
 
     {"attempt": 3, "run": "5f0c...", "token": "91ab...", "by": "process 12 on host-a", "home": "", "unix_time": ...}
     {"attempt": 3, "images": 12800}          the attempt began to train there
     {"attempt": 3, "ended": "preempted"}     the attempt ended as it should
 
-The first kind is a claim: who owns the run from then on. A lock of the operating system on the file says whether the
-owner still lives on this machine (or on one that shares the disk). Earlier versions counted
-starts in a file `attempts` and locked `run.lock`; both are read once, and removed.
+A line of the first kind is a claim: it says which launch owns the run from then on. A lock of the operating system on
+the file says whether the owner is still alive, on this machine or on a machine that shares the disk. Earlier versions
+counted the attempts in a file `attempts` and locked the file `run.lock`; both are read once, and removed.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from dist_gan.wording import redact
 ATTEMPTS = "attempts.jsonl"
 """Name of the file in the folder of a run."""
 OLD_COUNTER, OLD_LOCK = "attempts", "run.lock"
-"""Names of the files that earlier versions used."""
+"""Names of the files with which earlier versions counted attempts and locked the folder of a run."""
 _MOST_ATTEMPTS = 10**9
 _LONGEST_OWNER = 300
-"""Limit of the text about an owner, in characters."""
+"""Largest length, in characters, of the text that names the owner of a run."""
 
 
 class Claim(NamedTuple):
-    """Ownership of a run by one launch: who trains it from now on."""
+    """Claim of one launch to own a run: only this launch may train the run, until a later launch makes a claim."""
 
     attempt: int
     run: str
     """Random name of the run, the same for all of its attempts."""
     token: str
-    """Random name of this launch."""
+    """Random name of the launch that made the claim."""
     by: str
-    """Process and host of rank 0."""
+    """Process ID and host of rank 0 of the launch."""
     home: str
     """URL of the folder that keeps the checkpoints; empty for the run's own folder."""
     unix_time: float
 
     @staticmethod
     def read(line: Record) -> Claim:
-        """The claim in a JSON object. Raises Damaged if it holds none."""
+        """Reads a claim from a JSON object. Raises Damaged if the object is no claim."""
         return Claim(
             line.whole("attempt", low=1, high=_MOST_ATTEMPTS),
             line.text("run", longest=64),
@@ -65,38 +65,43 @@ class Claim(NamedTuple):
         )
 
     def succeed(self, *, home: str, attempt: int) -> Claim:
-        """The claim of a new launch of the same run, made by this process."""
+        """Returns the claim of a new launch of the same run, made by this process.
+
+        Args:
+            home: URL of the folder that keeps the checkpoints; empty for the run's own folder.
+            attempt: number of the new attempt.
+        """
         by = f"process {os.getpid()} on {os.uname().nodename}"[:_LONGEST_OWNER]
         return Claim(attempt, self.run, secrets.token_hex(8), by, home, round(time.time(), 3))
 
 
 NOBODY = Claim(0, "", "", "", "", 0.0)
-"""Stands for the owner of a run that has no claim yet."""
+"""Claim that stands for the owner of a run that no launch has claimed yet."""
 
 
 class Attempts(NamedTuple):
-    """Content of the file."""
+    """Content of the file `attempts.jsonl` of a run."""
 
     claims: tuple[Claim, ...] = ()
     began: tuple[tuple[int, int], ...] = ()
-    """Attempt and images of every start that came to train, in order."""
+    """Number of each attempt that began to train, with the number of images seen before it began, in order."""
     ended: frozenset[int] = frozenset()
-    """Attempts that finished, or were asked to stop."""
+    """Numbers of the attempts that finished the run, or stopped because they were asked to."""
     odd: int = 0
-    """Number of unusable lines."""
+    """Number of unreadable lines in the file."""
 
     @property
     def owner(self) -> Claim:
-        """The last claim; `NOBODY` if there is none."""
+        """The last claim; `NOBODY` if there is no claim."""
         return self.claims[-1] if self.claims else NOBODY
 
     @property
     def last(self) -> int:
-        """Largest number of an attempt; 0 for a run that was never started."""
+        """Number of the latest attempt; 0 for a run that was never started."""
         return max((*(c.attempt for c in self.claims), *(a for a, _ in self.began), *self.ended), default=0)
 
     def in_vain(self, images: int) -> int:
-        """Number of attempts in a row, up to the last, that began at `images` and did not end as they should."""
+        """Returns the number of latest attempts in a row that began after `images` images and ended by a failure."""
         count = 0
         for attempt, at in reversed(self.began):
             if at != images or attempt in self.ended:
@@ -106,7 +111,7 @@ class Attempts(NamedTuple):
 
 
 def read(folder: Path) -> Attempts:
-    """Content of the file in a run's folder; an absent file is empty. Raises Damaged if it cannot be read."""
+    """Reads `attempts.jsonl` in a run's folder; an absent file counts as empty. Raises Damaged if it cannot be read."""
     lines = records.read_lines(folder / ATTEMPTS)
     claims, began, ended, odd = [], [], set(), lines.odd
     for line in lines.records:
@@ -125,7 +130,7 @@ def read(folder: Path) -> Attempts:
 
 
 def is_latest(folder: Path, attempt: int) -> bool:
-    """True if this process sees that `attempt` is the latest one of the run in a folder."""
+    """Returns True if `attempt` is the latest attempt of the run in a folder, as far as this process can see."""
     with suppress(OSError, UserError, TrainingFailed):
         os.listdir(folder)  # makes a network file system refresh its cache
         return read(folder).last == attempt
@@ -136,10 +141,11 @@ def is_latest(folder: Path, attempt: int) -> bool:
 
 
 def lock(folder: Path) -> IO[bytes]:
-    """Makes the folder, and locks it for this process until the returned file is closed.
+    """Creates the folder of a run, and locks it for this process until the returned file is closed.
 
     Raises:
-        UserError: the folder cannot be written, belongs to a living process, or the file is a link or no regular file.
+        UserError: the folder cannot be written or is locked by another process, or its `attempts.jsonl` is a link or no
+            regular file.
     """
     file = _open(folder, ATTEMPTS, create=True)
     try:
@@ -157,7 +163,7 @@ def _open(folder: Path, name: str, *, create: bool = False) -> IO[bytes]:
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
-        # Never through a link into a file that is not the run's; without waiting for the writer of a pipe.
+        # O_NOFOLLOW: a link might lead to a file of another owner. O_NONBLOCK: the open of a pipe would wait for a writer.
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
         handle = os.open(folder / name, flags, 0o666)
     except OSError as error:
@@ -205,16 +211,16 @@ def _owner(folder: Path) -> str:
 
 
 def claim(folder: Path, *, home: str, at_least: int) -> tuple[Claim, list[str]]:
-    """Begins the next attempt of the run in a locked folder; returns the claim, and notes about what was damaged.
+    """Appends the claim of the run's next attempt, in a locked folder; returns the claim, and notes about damaged lines.
 
     Args:
         folder: the run's folder.
         home: URL of the folder that keeps the checkpoints; empty for the run's own folder.
-        at_least: number of the last attempt known from elsewhere.
+        at_least: number of the last attempt that the copies in a store name; 0 without copies.
 
     Raises:
-        UserError: the file cannot be read.
-        TrainingFailed: the file cannot be written.
+        UserError: `attempts.jsonl` cannot be read.
+        TrainingFailed: `attempts.jsonl` cannot be written.
     """
     try:
         found = read(folder)
@@ -238,7 +244,7 @@ def claim(folder: Path, *, home: str, at_least: int) -> tuple[Claim, list[str]]:
 
 
 def _old_count(folder: Path) -> int:
-    """Number of the last attempt, as earlier versions counted it. Raises FileNotFoundError or Damaged."""
+    """Returns the number of the last attempt from the file of earlier versions. Raises FileNotFoundError or Damaged."""
     counter = folder / OLD_COUNTER
     digits = re.fullmatch(rb"\s*([0-9]{1,9})\s*", records.read(str(counter), limit=64))
     if digits is None:
@@ -247,9 +253,18 @@ def _old_count(folder: Path) -> int:
 
 
 def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | None:
-    """Notes that an attempt begins to train at `images`; what is wrong if too many have begun there and died.
+    """Records that an attempt begins to train; returns a problem instead if too many attempts failed at the same place.
 
-    An attempt that finished, or was asked to stop, does not count.
+    An attempt that finished, or was asked to stop, is not counted as failed.
+
+    Args:
+        folder: the run's folder.
+        attempt: number of the attempt.
+        images: number of images that the run has seen.
+        limit: number of failed attempts in a row, all begun at `images`, that are too many.
+
+    Returns:
+        One sentence for the user if there were `limit` failed attempts; None otherwise.
     """
     in_vain = read(folder).in_vain(images)
     if in_vain >= limit:
@@ -263,5 +278,5 @@ def note_start(folder: Path, *, attempt: int, images: int, limit: int) -> str | 
 
 
 def note_end(folder: Path, *, attempt: int, outcome: str) -> None:
-    """Notes that an attempt ended as it should."""
+    """Records that an attempt ended without a failure, with the outcome `finished` or `preempted`."""
     records.append(folder / ATTEMPTS, {"attempt": attempt, "ended": outcome})

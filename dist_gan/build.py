@@ -1,4 +1,4 @@
-"""Building a run: every part in a fixed order, and the newest checkpoint loaded into them."""
+"""Construction of a run: all of its parts, built in a fixed order, into which the newest checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dist_gan.types import Networks
 
 
 class Run(NamedTuple):
-    """The parts of a run, built and resumed."""
+    """All parts of a run, after the newest checkpoint was loaded into them."""
 
     config: RunConfig
     game: Game
@@ -44,19 +44,19 @@ class Run(NamedTuple):
     report: Report
     stop: StopRequest
     metrics: tuple[Metric, ...]
-    """Metrics of the averaged generator, logged as `metric/...`."""
+    """Metrics of the averaged generator, whose values are logged as `metric/...`."""
     measures: tuple[Metric, ...]
-    """Measures of the run's health, logged as `health/...`."""
+    """Measurements of the run's health, whose values are logged as `health/...`."""
     detectors: tuple[Detector, ...]
-    """Judges of the logged scalars."""
+    """Detectors, which examine the logged scalars for a failure of the training."""
 
     @property
     def state(self) -> TrainState:
-        """State of the run."""
+        """State of the run: everything that a checkpoint stores."""
         return self.game.state
 
     def samples(self) -> Samples:
-        """Source of the metrics' samples at this moment."""
+        """Returns a source of samples of the present averaged generator, for metrics."""
         game, classes = self.game, self.config.networks.classes
         return Samples(game.state.ema.module, game.draws, game.runtime, classes, game.state.progress.images)
 
@@ -82,12 +82,12 @@ def build(
     Args:
         config: every setting.
         runtime: this process and its process groups.
-        stop: request to stop, which a signal sets.
+        stop: stop request, which a signal sets.
         attempt: number of this start of the run.
-        mirror: copies of the run's files beside the checkpoints, on rank 0 of a run with `checkpoint.url`.
+        mirror: copies of the run's files beside the checkpoints, on rank 0 of a run with `checkpoint.url`; else None.
         own: parts of the user's own script.
-        measures: measures of the run's health.
-        detectors: judges of the logged scalars; a verdict rolls the run back.
+        measures: measurements of the run's health.
+        detectors: detectors of failures in the logged scalars; the run is rolled back when one finds a failure.
 
     Raises:
         UserError: data, checkpoint and configuration do not belong together.
@@ -150,8 +150,17 @@ def new_game(
     *,
     objective: ObjectiveBuilder = AdversarialObjective,
 ) -> Game:
-    """The parts of a training step, as they are before the first image; the players own the networks afterwards."""
-    # Before the players: ZeRO's third stage takes the networks apart.
+    """Builds the parts of a training step, as they are before the first image.
+
+    Args:
+        config: every setting.
+        runtime: this process and its process groups.
+        networks: generator and discriminator, which are wrapped for training and must not be used afterwards.
+        stream: real images.
+        draws: random numbers of the run.
+        objective: function that builds the losses.
+    """
+    # The average is copied before the networks are wrapped, since ZeRO stage 3 partitions their weights.
     ema = GeneratorEMA(networks.generator, device=runtime.device, dtype=runtime.dtype)
     generator, discriminator = runtime.players(networks, g_optim=config.g_optim, d_optim=config.d_optim)
     losses = objective(
@@ -170,19 +179,19 @@ def new_game(
 
 
 def _metrics_of_data(config: RunConfig) -> tuple[Metric, ...]:
-    """Metrics that the data set itself brings: the modes of the embedded one are counted at the end of the run."""
+    """Returns the metrics that belong to the data set: of the embedded data set, modes are counted at the run's end."""
     return (mode_count(every=config.run.images),) if config.data.num_drawn else ()
 
 
 def _sources(config: RunConfig) -> list[tuple[ShardFolder, int]]:
-    """Sources of the run's images with their mixing weights; empty if the data are points."""
+    """Returns the sources of the run's images with their mixing weights; an empty list if the data are points."""
     if config.data.makes == "points":
         return []
     return [(ShardFolder(url, read_manifest(url)), weight) for url, weight in data_sources(config).items()]
 
 
 def _class_names(config: RunConfig, sources: Sequence[tuple[ShardFolder, int]]) -> list[str] | None:
-    """Class names, recorded for later sampling; None without classes, or if the folders have different names."""
+    """Returns the class names, recorded for later sampling; None without classes, or if the sources' names differ."""
     names = {source.manifest.classes for source, _ in sources if config.networks.classes}
     found = names.pop() if len(names) == 1 else None
     return None if found is None else list(found)

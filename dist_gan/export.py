@@ -1,8 +1,8 @@
 """Exported generators, independent of their run: `model.safetensors` and `config.json` in a folder.
 
-The files of such a folder, or of a checkpoint, may come from an untrusted source. Networks are therefore built without
-memory first (torch's meta device), and their shapes compared with those in the file's header; only then is memory
-allocated.
+The files of an exported generator, or of a checkpoint, may come from an untrusted source. Networks are therefore first
+built without memory (on torch's meta device), and their shapes are compared with the shapes in the file's header. Memory
+is allocated only if all shapes are equal.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from dist_gan.wording import shown
 FORMAT, VERSION = "dist_gan.generator", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FILE_NAME = re.compile(r"[^.].*\.(?!v\d+$)([A-Za-z][A-Za-z0-9]{0,11}|7z|3gp)")
-"""Pattern of a file name with an extension; does not match `run-0.5` or `generator.v2`."""
+"""Pattern of a file name with an extension, such as `model.onnx`, but not of names such as `run-0.5` or `generator.v2`."""
 
 
 class AveragedWeights(NamedTuple):
-    """Weights and buffers of an averaged generator on the CPU, by name, with facts about it."""
+    """Weights and buffers of an averaged generator on the CPU, by name, with facts about that generator."""
 
     tensors: Mapping[str, Tensor]
     module: nn.Module | None
-    """The generator without these weights; None for networks of a user's own script that was not at hand."""
+    """Generator network into which the weights fit; None if a user's function built the network and was not given."""
     section: NetworkSettings
     images: int
-    """Number of images that its run had seen."""
+    """Number of images that the generator's run had seen."""
     class_names: tuple[str, ...] | None
     """Name of each class; None if there are no classes, or if the names were not recorded."""
     script: Any
-    """Record of the user's script that parts of the run were from; None for a run of built-in parts alone."""
+    """Record of the user's script that defined parts of the run; None for a run of built-in parts alone."""
     notes: tuple[str, ...]
     """Sentences for the user, about damaged checkpoints that were skipped and unknown settings."""
 
 
 class Averaged(NamedTuple):
-    """An averaged generator, in evaluation mode, on the CPU, with facts about it."""
+    """An averaged generator, in evaluation mode, on the CPU, with facts about that generator."""
 
     module: nn.Module
     section: NetworkSettings
     images: int
-    """Number of images that its run had seen."""
+    """Number of images that the generator's run had seen."""
     class_names: tuple[str, ...] | None
     """Name of each class; None if there are no classes, or if the names were not recorded."""
     notes: tuple[str, ...]
@@ -66,7 +66,12 @@ class Averaged(NamedTuple):
 
 
 def newest_checkpoint(url: str) -> SearchResult:
-    """The checkpoint at a URL, or the newest undamaged one of a run folder, and the damage found in newer ones.
+    """Finds the checkpoint at a URL, or the newest undamaged one in a run folder; returns its URL and notes for the user.
+
+    The notes describe damage found in newer checkpoints, or say that the checkpoint was abandoned by a rollback.
+
+    Args:
+        url: URL of a checkpoint or of a run folder.
 
     Raises:
         UserError: there is no usable checkpoint.
@@ -89,21 +94,25 @@ def newest_checkpoint(url: str) -> SearchResult:
 
 
 def open_generator(url: str, *, build: OwnBuilder | None = None) -> Averaged:
-    """The averaged generator of a run folder, a checkpoint or an exported generator.
+    """Opens the averaged generator of a run folder, a checkpoint or an exported generator.
 
     Args:
-        url: the folder.
+        url: URL of the folder.
         build: the function that built the networks of a user's own script.
 
     Raises:
-        UserError: there is no generator, or it is damaged, or its networks are a user's own and `build` is missing.
+        UserError: there is no generator, its files are damaged, or a user's function built it and `build` is missing.
         TrainingFailed: the store does not answer.
     """
     return _filled(read_weights(url, build=build), url)
 
 
 def _filled(found: AveragedWeights, url: str) -> Averaged:
-    """The generator with its weights. Raises UserError for networks of a user's own script that is not at hand."""
+    """Loads the weights into the generator; returns the generator in evaluation mode.
+
+    Raises:
+        UserError: a user's function built the network, and was not given.
+    """
     if found.module is None:
         names = found.script.get("parts") if isinstance(found.script, dict) else None
         built = names.get("networks") if isinstance(names, dict) else None
@@ -117,14 +126,14 @@ def _filled(found: AveragedWeights, url: str) -> Averaged:
 
 
 def read_weights(url: str, *, build: OwnBuilder | None = None) -> AveragedWeights:
-    """Weights of an averaged generator, compared with the networks in names and shapes where these can be built.
+    """Reads the weights of an averaged generator, and compares names and shapes with the network if it can be built.
 
     Args:
         url: a run folder, a checkpoint or an exported generator.
         build: the function that built the networks of a user's own script.
 
     Raises:
-        UserError: there is no generator, or it is damaged.
+        UserError: there is no generator, or its files are damaged.
         TrainingFailed: the store does not answer.
     """
     if records.names_in(url, (CONFIG,)):
@@ -189,15 +198,15 @@ def export_generator(url: str, dest: str) -> tuple[str, ...]:
 
 
 def load_generator(url: str, *, build: OwnBuilder | None = None) -> nn.Module:
-    """An exported generator, in evaluation mode, on the CPU: `generator(latents_BZ, labels_B) -> images_BCHW`.
+    """Loads an exported generator; returns it in evaluation mode, on the CPU.
 
-    The attribute `latent_dim` is the length of a latent of standard normal numbers; labels are needed only if the
-    generator was trained with classes.
+    The generator is called as `generator(latents_BZ, labels_B) -> images_BCHW`. A latent holds `generator.latent_dim`
+    standard normal numbers; labels are needed only if the generator was trained with classes.
 
     Args:
-        url: the folder.
-        build: the function that built the networks of a user's own script, as handed to `dist_gan.train`. It is called
-            with the settings in the folder, and allocates what they ask for.
+        url: URL of the folder of the exported generator.
+        build: the function that built the networks of a user's own script, as passed to `dist_gan.train`. The function
+            is called with the settings in the folder, and allocates networks of the sizes in these settings.
 
     Raises:
         UserError: the folder holds no exported generator, or its files are damaged.
@@ -210,7 +219,14 @@ def load_generator(url: str, *, build: OwnBuilder | None = None) -> nn.Module:
 
 
 def refuse_file_name(dest: str, *, offered: str) -> None:
-    """Raises UserError if a destination has the name of a file of another kind; a `/` at its end marks a folder."""
+    """Raises UserError if the URL of a new folder looks like that of a file, such as `model.onnx`.
+
+    A `/` at the end of the URL marks a folder in any case.
+
+    Args:
+        dest: URL of the destination.
+        offered: words of the error for what may be given instead.
+    """
     name = dest.rsplit("/", 1)[-1]
     local = storage.local_path(dest)
     if _FILE_NAME.fullmatch(name) and not (local is not None and local.is_dir()):
@@ -253,7 +269,7 @@ def _exported(url: str, build: OwnBuilder | None) -> AveragedWeights:
 
 
 def _section_in(facts: Record, *, place: str) -> tuple[NetworkSettings, tuple[str, ...]]:
-    """Networks section of an export, and notes that name keys unknown to this version, which are left out."""
+    """Returns the networks section of an exported generator, and a note for each setting unknown to this version."""
     values = dict(facts.record("networks").values)
     try:
         return TypeAdapter(NetworksSection).validate_python(values), ()
@@ -272,20 +288,29 @@ def _section_in(facts: Record, *, place: str) -> tuple[NetworkSettings, tuple[st
 
 
 def _fitting(names: list[str] | None, section: NetworkSettings) -> tuple[str, ...] | None:
-    """Names of the classes; None if their number is not the number of classes."""
+    """Returns the class names if there are as many names as classes in the networks section; None otherwise."""
     return tuple(names) if names is not None and len(names) == section.classes else None
 
 
 def _room(
     section: NetworkSettings, announced: Mapping[str, TensorFacts], *, place: str, build: OwnBuilder | None
 ) -> nn.Module | None:
-    """A generator for the weights of a file, whose shapes have been compared with those of the file.
+    """Builds a generator whose tensors have the names and shapes of a file's; returns it without the file's weights.
 
-    Built-in families are allocated afterwards, and their weights are not initialised. A user's own function is called
-    as in training, since it may make tensors that no file holds; without it, the result is None.
+    A built-in network is allocated only after the comparison with the file, and its weights are not initialised. A
+    user's own function is called as in training, since it may make tensors that no file holds.
+
+    Args:
+        section: networks section of the settings.
+        announced: shapes and dtypes in the file's header, by the name of the tensor.
+        place: URL of the folder, for error messages.
+        build: the function that built the networks of a user's own script.
+
+    Returns:
+        The generator; None if a user's own function built the network and `build` is missing.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes of the network and of the file differ.
     """
     if isinstance(section, OwnNetworks) and build is None:
         return None

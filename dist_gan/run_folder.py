@@ -1,4 +1,7 @@
-"""Folder of a run on rank 0's machine: ownership, number of the attempt, configuration, outcome, and the copies in a store."""
+"""Folder of a run on rank 0's machine: its owner, the number of the attempt, settings, outcome, and copies in a store.
+
+An attempt is one start of the run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _FOLDERS = ("checkpoints", "samples", "tensorboard")
 
 
 def home_of(config: RunConfig) -> str:
-    """URL of the folder that keeps the checkpoints and copies of the logs; empty if that is the run's own folder."""
+    """Returns the URL of the folder that keeps the checkpoints and copies of the logs; empty for the run's own folder."""
     url = config.checkpoint.url
     if url is None:
         return ""
@@ -34,7 +37,7 @@ def home_of(config: RunConfig) -> str:
 
 
 def checkpoints_of(config: RunConfig) -> str:
-    """URL of the folder that holds the checkpoints of a run."""
+    """Returns the URL of the folder that holds the checkpoints of a run."""
     return storage.join(home_of(config) or config.run.dir, "checkpoints")
 
 
@@ -79,13 +82,22 @@ class RunFolder:
         return self.claim.attempt
 
     def take_home(self) -> None:
-        """Makes this launch the owner of the checkpoints in the store. Raises UserError or TrainingFailed."""
+        """Makes this launch the owner of the checkpoints in the store, and copies the logs there.
+
+        Raises:
+            UserError: another launch did the same at this moment, or access is refused.
+            TrainingFailed: the store does not answer.
+        """
         if self.mirror is not None:
             self.mirror.take(self.claim)
             self.mirror.push()
 
     def _catch_up(self) -> int:
-        """Fills the folder from the copies in the store, if those are newer; returns the last attempt known there."""
+        """Copies the run's files from the store into the folder, if they are newer there.
+
+        Returns:
+            Number of the last attempt that the store knows; 0 without copies in a store.
+        """
         owner = self.mirror.owner() if self.mirror is not None else None
         if self.mirror is None or owner is None:
             return 0
@@ -109,7 +121,7 @@ class RunFolder:
             raise UserError(f"run.dir: {error}; move it away, which forgets how often the run was started") from error
 
     def _refuse_odd_files(self) -> None:
-        """Raises UserError if a folder or a pipe has the name of a file to be written, or a file that of a folder."""
+        """Raises UserError if the name of a file to be written belongs to something else, or likewise of a folder."""
         odd = [name for name in _FILES if (self.path / name).exists() and not (self.path / name).is_file()]
         odd += [name for name in _FOLDERS if (self.path / name).exists() and not (self.path / name).is_dir()]
         if odd:
@@ -117,7 +129,10 @@ class RunFolder:
             raise UserError(f"run.dir: {self.path / odd[0]} is no {kind}; move it away, or choose another run.dir")
 
     def _refuse_other_settings(self) -> None:
-        """Raises UserError if the newest manifest has other settings; `config.yaml` may be lost or of another start."""
+        """Raises UserError if the settings of this start differ from those in the manifest of the newest checkpoint.
+
+        `config.yaml` is not compared, since it may be lost, or belong to another start.
+        """
         before = self._settings_of_the_newest()
         changed = differences(before, self._config) if before is not None else []
         if changed:
@@ -127,7 +142,7 @@ class RunFolder:
             )
 
     def _settings_of_the_newest(self) -> RunConfig | None:
-        """Settings in the newest readable manifest; None if there is no checkpoint yet."""
+        """Returns the settings in the newest readable manifest of a checkpoint; None if there is no checkpoint yet."""
         for entry in reader.entries(self.checkpoints):
             if not entry.is_committed or entry.is_abandoned:
                 continue
@@ -140,7 +155,7 @@ class RunFolder:
         return None
 
     def _refuse_checkpoints_elsewhere(self) -> None:
-        """Raises UserError if this run has checkpoints in another folder, and none where it would go on from."""
+        """Raises UserError if the run has checkpoints in its earlier folder, and none in the folder of these settings."""
         before = self._attempts_here().owner.home
         if before == self.home or reader.newest_commit(self.checkpoints) is not None:
             return
@@ -153,7 +168,15 @@ class RunFolder:
             )
 
     def write_outcome(self, outcome: str, *, code: int, images: int, reason: str, commit: str | None) -> None:
-        """Writes `outcome.json` atomically, before anything else; `commit` is the checkpoint to resume from."""
+        """Writes `outcome.json` atomically, then records the end of the attempt in `attempts.jsonl`.
+
+        Args:
+            outcome: `finished` or `preempted`.
+            code: exit code.
+            images: number of images that the run has seen.
+            reason: one sentence; empty for a finished run.
+            commit: URL of the checkpoint from which the run resumes; None without a checkpoint.
+        """
         write_outcome(
             str(self.path), outcome, code=code, images=images, reason=reason, attempt=self.attempt, commit=commit
         )
@@ -161,16 +184,16 @@ class RunFolder:
             attempts.note_end(self.path, attempt=self.attempt, outcome=outcome)
 
     def close(self) -> None:
-        """Gives the folder up."""
+        """Releases the lock of the folder, and the disk space reserved for `outcome.json`."""
         release(self.path)
         self._lock.close()
 
 
 def claim_of(folder: RunFolder | None) -> Claim | None:
-    """The claim of rank 0, which alone has a folder; None on other ranks."""
+    """Returns the claim of this launch to own the run, on rank 0, which owns the folder; None on other ranks."""
     return None if folder is None else folder.claim
 
 
 def mirror_of(folder: RunFolder | None) -> RunMirror | None:
-    """The copies of the run's files, on rank 0 of a run with `checkpoint.url`; None elsewhere."""
+    """Returns the copies of the run's files in a store, on rank 0 of a run with `checkpoint.url`; None otherwise."""
     return None if folder is None else folder.mirror

@@ -1,8 +1,8 @@
 """Copies of a run's small files in the folder that keeps its checkpoints, and the mark of the launch that owns it.
 
-Without a shared disk nobody but rank 0 sees `run.dir`. If `checkpoint.url` names another folder, rank 0 copies what it
-writes there (`MIRRORED`), so that the run continues on any machine. docs/checkpoints.md says what the mark of the
-owner guarantees.
+Without a shared disk, only rank 0 sees the folder `run.dir`. If `checkpoint.url` names another folder, rank 0 copies the
+small files of `run.dir` (`MIRRORED`) to that folder, so that the run can continue on any machine. docs/checkpoints.md
+says what the mark of the owner, the file `owner.json`, guarantees.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import report
 
 OWNER = "owner.json"
-"""Name of the file, beside the checkpoints, with the claim of the launch that owns them."""
+"""Name of the file, in the folder of the checkpoints, with the claim of the launch that owns the checkpoints."""
 OUTCOME = "outcome.json"
 MIRRORED = re.compile(
     r"config\.yaml|attempts\.jsonl|(metrics|events)\.jsonl|metrics\.before-[\w-]+\.jsonl|outcome\.json"
@@ -37,7 +37,7 @@ _SEEN_WITHIN_S = 15.0
 
 
 class RunMirror:
-    """The copies of one run's files. Rank 0 alone; any of its threads.
+    """Copies of one run's files in the folder of its checkpoints; for rank 0 only, and for any of its threads.
 
     Args:
         folder: the run's folder, on a disk of this machine.
@@ -55,7 +55,7 @@ class RunMirror:
     # -- owner ----------------------------------------------------------------------------------------------------
 
     def owner(self) -> Claim | None:
-        """The claim of the launch that owns the checkpoints; None if no launch has used this folder.
+        """Reads the claim of the launch that owns the checkpoints; returns None if no launch has used their folder.
 
         Raises:
             UserError: the mark is damaged, or access is refused.
@@ -64,7 +64,10 @@ class RunMirror:
         return owner_of(self.home)
 
     def take(self, claim: Claim) -> None:
-        """Makes this launch the owner: the last launch to do so is the only one that may write from then on.
+        """Makes this launch the owner of the checkpoints; from then on, no launch that owned them before may write there.
+
+        Args:
+            claim: claim of this launch.
 
         Raises:
             UserError: another launch has done the same at this moment, or access is refused.
@@ -84,7 +87,7 @@ class RunMirror:
         self._sent = self._present()
 
     def check_owner(self) -> None:
-        """Raises TrainingFailed if another launch has become the owner, or if that cannot be found out."""
+        """Raises TrainingFailed or UserError if another launch owns the checkpoints now, or if the owner cannot be read."""
         if self._claim is None:
             return
         found = self.owner()
@@ -96,7 +99,7 @@ class RunMirror:
             )
 
     def owner_problem(self) -> str | None:
-        """The sentence of `check_owner`; None if this launch is the owner."""
+        """Returns the error of `check_owner` as one sentence; None if this launch owns the checkpoints."""
         try:
             self.check_owner()
         except (UserError, TrainingFailed) as error:
@@ -106,7 +109,7 @@ class RunMirror:
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def push(self) -> None:
-        """Copies every file that has changed. A failure is reported once, on the terminal, and ends nothing."""
+        """Copies every file that has changed. The first failure is reported on the terminal; training continues."""
         try:
             with self._turn:
                 self.check_owner()
@@ -124,7 +127,7 @@ class RunMirror:
                 )
 
     def _names(self) -> Iterator[str]:
-        """Paths of the files to copy; the outcome is the last one."""
+        """Yields the paths of the files to copy, inside the run's folder; `outcome.json` comes last."""
         found = [path.name for path in self._folder.iterdir()]
         for folder in _FOLDERS:
             if (self._folder / folder).is_dir():
@@ -143,13 +146,13 @@ class RunMirror:
         self._sent[name] = version
 
     def _present(self) -> dict[str, tuple[int, int]]:
-        """Sizes of the sample grids that an earlier attempt has copied; grids are written once and never appended to."""
+        """Returns the size in bytes of each sample grid that is in the store already; grids never change once written."""
         place = storage.join(self.home, "samples")
         sizes = storage.sizes(place, storage.list_names(place))
         return {f"samples/{name}": (size, 0) for name, size in sizes.items() if size is not None}
 
     def fetch(self, attempts_file: IO[bytes]) -> int:
-        """Copies the files of the run into its folder; returns their number.
+        """Copies the run's files from the store into the run's folder; returns the number of files.
 
         Args:
             attempts_file: the locked `attempts.jsonl`, whose content is replaced in place, because a new file would not
@@ -175,7 +178,7 @@ class RunMirror:
 
 
 def owner_of(home: str) -> Claim | None:
-    """The claim of the launch that owns the checkpoints in a folder; None if no launch has used the folder.
+    """Reads the claim of the launch that owns the checkpoints in a folder; returns None if no launch has used the folder.
 
     Raises:
         UserError: the mark is damaged, or access is refused.
@@ -191,10 +194,10 @@ def owner_of(home: str) -> Claim | None:
 
 
 def sees_claim(folder: Path, claim: Claim) -> bool:
-    """True if this process sees the folder of the checkpoints as rank 0 does, which has made the claim.
+    """Returns True if this process finds rank 0's claim in the folder of the checkpoints, so that it is the same folder.
 
     Args:
-        folder: the run's folder, which is looked into if it keeps the checkpoints itself.
+        folder: the run's folder, which is read if it keeps the checkpoints itself.
         claim: rank 0's claim.
 
     Raises:

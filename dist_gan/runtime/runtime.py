@@ -301,7 +301,7 @@ class Runtime:
         return self._heartbeat.landmark if self._heartbeat is not None else ""
 
     def find_lost_ranks(self) -> LostRanks:
-        """Looks for dead, silent and hanging ranks after a collective has failed, which takes a few seconds; returns them."""
+        """Returns the dead, silent and hanging ranks after a collective has failed; takes a few seconds to find them."""
         return self._heartbeat.find_lost_ranks() if self._heartbeat is not None else LostRanks(None)
 
     def shorten_timeout(self) -> None:

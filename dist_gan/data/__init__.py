@@ -1,4 +1,4 @@
-"""Reading of real images for training: the manifest of shards, the order of images, decoding, and the stream of batches."""
+"""Reads real images for training: the manifest of shards, the order of images, decoding, and the stream of batches."""
 
 from dist_gan.data.decoding import Damage, Stage
 from dist_gan.data.pieces import ShardFolder

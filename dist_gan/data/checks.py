@@ -1,4 +1,4 @@
-"""Checks of the shards against the settings of a run, before the run starts."""
+"""Checks, before a run starts, that its shards are complete and fit the settings of the networks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dist_gan.types import UserError
 
 
 def check_data(config: RunConfig) -> tuple[list[str], list[str]]:
-    """Mistakes in the shards of a run, and notes about them.
+    """Returns the mistakes found in the shards of a run, and notes about tolerated damage.
 
-    Every folder is checked, so that one report has all mistakes: a missing manifest, shards that differ from it,
-    networks of another resolution or number of channels or classes. Data made by the program itself have no mistakes.
+    Every folder is checked, so that one report has all mistakes: a missing manifest, shards that differ from their
+    manifest, networks of another resolution or number of channels or classes. Data that the program makes itself are not
+    checked.
 
     Raises:
-        TrainingFailed: the store does not answer, which is no mistake of the user.
+        TrainingFailed: the store does not answer, so that its shards cannot be checked.
     """
     mistakes: list[str] = []
     notes: list[str] = []

@@ -1,9 +1,9 @@
-"""Decodes the images of a batch from pieces of shards, and substitutes an image that is damaged.
+"""Decodes the images of a batch from bytes of shards, and replaces each damaged image by a substitute.
 
-An image is damaged if its bytes end early, do not have the manifest's CRC-32, or are no picture. It is read from the
-store a second time before it is given up. Its substitute is the next sound image of its shard, with the same label if
-there are labels; so the substitute depends on the data alone, and not on which rank read what and when. If the store
-does not answer, no image is substituted: the run ends.
+An image is damaged if its bytes end early, do not have the manifest's CRC-32, or are no picture. A damaged image is
+read from the store a second time. If that fails, its substitute is the next sound image of its shard, with the same
+label if there are labels. The substitute thus depends on the data alone, and not on which rank read which image when.
+If the store does not answer, no image is substituted and the run ends.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from dist_gan.pictures import Pixels
 from dist_gan.types import TrainingFailed
 
 Sample = dict[str, Any]
-"""One image: `__key__`, `__url__` of its shard, `pixels` (uint8, HWC), and `label` if there are labels."""
+"""One image as a dictionary: `__key__`, `__url__` of its shard, `pixels` (uint8, HWC), and `label` if there are labels."""
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
-"""A user's own step after decoding: yields one sample for each that it takes, in the same order."""
+"""Step of the user's own after decoding: takes samples, and yields one sample for each of them, in the same order."""
 
 _TRIES = 256
-"""Largest number of images that are tried as the substitute of a damaged one."""
+"""Largest number of images that are tried as the substitute of a damaged image."""
 
 
 class Damage(NamedTuple):
-    """An image that cannot be used."""
+    """Description of a damaged image: its shard, its key and the reason."""
 
     url: str
-    """URL of its shard, without secrets."""
+    """URL of the image's shard, without secrets."""
     key: str
     reason: str
 
 
 class Decoder:
-    """Decodes images by their addresses; may be used by several threads at a time.
+    """Decodes images by their addresses; several threads may use one decoder at a time.
 
     Args:
         folders: folders of shards.
@@ -75,7 +75,9 @@ class Decoder:
         self._substitutes: dict[tuple[int, int, int], int] = {}
 
     def samples(self, addresses: Iterable[ImageAddress], out: Sequence[Pixels]) -> Iterator[Sample]:
-        """Decoded samples of some addresses, in their order. `out` has a buffer for the pixels of each, which may be used.
+        """Yields the decoded sample at each address, in the order of `addresses`.
+
+        `out` has one buffer per address, which the pixels of its sample may be written to.
 
         Raises:
             TrainingFailed: the store does not answer, or an image is damaged and has no substitute.
@@ -99,20 +101,20 @@ class Decoder:
             yield sample
 
     def damaged(self) -> list[Damage]:
-        """Images found damaged since the last call."""
+        """Returns the images found damaged since the last call."""
         with self._lock:
             found, self._damaged = self._damaged, []
         return found
 
     def _decode(self, address: ImageAddress, out: Pixels) -> tuple[ImageAddress, Pixels]:
-        """Address and pixels of the image, or of its substitute."""
+        """Decodes the image at an address, or its substitute; returns the address and the pixels of the decoded image."""
         try:
             return address, self._pixels(address, self.reader.get(address.piece), out)
         except pictures.BadImage:
             return self._reread_or_substitute(address, out)
 
     def _pixels(self, address: ImageAddress, fetched: PieceBytes, out: Pixels) -> Pixels:
-        """Pixels of the image.
+        """Decodes an image from the bytes of its piece; returns the pixels.
 
         Raises:
             BadImage: it is damaged.
@@ -132,7 +134,7 @@ class Decoder:
         return pixels
 
     def _reread_or_substitute(self, address: ImageAddress, out: Pixels) -> tuple[ImageAddress, Pixels]:
-        """Address and pixels of the image, read from the store a second time, or of its substitute."""
+        """Reads a damaged image from the store a second time, or decodes a substitute; returns address and pixels."""
         alone = _single(address, address.row)
         self.reader.drop(address.piece)
         try:
@@ -161,7 +163,11 @@ class Decoder:
         ) from bad
 
     def _neighbours(self, address: ImageAddress) -> Iterator[int]:
-        """Candidates for the substitute of an image: the rows after it, then those from the shard's start; its label first."""
+        """Returns the rows of the images that may be substitutes of an image, in the order in which they are tried.
+
+        The order is: the images after it in the shard, then those from the shard's start; images with the same label
+        come first.
+        """
         labels = self._shards[address.folder][address.shard].labels
         rows = self._rows[address.folder][address.shard]
         behind = int(np.searchsorted(rows, address.row, side="right"))
@@ -172,5 +178,5 @@ class Decoder:
 
 
 def _single(address: ImageAddress, row: int) -> ImageAddress:
-    """Address of an image of the same shard, whose piece holds nothing else."""
+    """Returns the address of an image of the same shard, with a piece (range of bytes to be read) of this image alone."""
     return ImageAddress(address.folder, address.shard, row, Piece(address.folder, address.shard, row, row))

@@ -1,9 +1,9 @@
-"""Cache of reads from a store, on a local disk, for the next pass and for the other processes of the machine.
+"""Caches bytes read from a store on a local disk, for later passes and for all processes of the machine.
 
-    FOLDER/3f/3fa9...            bytes of one read, named by the hash of URL, version of the object, and byte range
+    FOLDER/3f/3fa9...            bytes of one read; the name is the hash of URL, version of the object, and byte range
     FOLDER/.bytes                total size of these files, in bytes; a process locks it while changing the folder
 
-A file appears complete, by a rename, or not at all; one of the wrong size counts as absent. A process that finds the
+A file appears complete, by a rename, or not at all; a file of the wrong size counts as absent. A process that finds the
 folder over its limit deletes the least recently used files. A process that dies leaves at most a temporary file, which
 the next clearing removes.
 
@@ -32,16 +32,17 @@ _BYTES = ".bytes"
 _FOLDER, _READ, _TEMPORARY = (re.compile(p) for p in (r"[0-9a-f]{2}", r"[0-9a-f]{64}", r"[0-9a-f]+\.tmp"))
 """Patterns of the names of folders, cached reads and temporary files made by the cache."""
 _DIGITS = 20
-"""Largest number of digits of the total in `.bytes`."""
+"""Largest number of digits of the total size stored in `.bytes`."""
 _FORGOTTEN_S = 600.0
 """Age, in seconds, after which a temporary file is taken to be left by a dead process, and is deleted."""
 _ROOM = 0.1
-"""Share of the size limit that is freed when the limit is exceeded, so that files are seldom deleted."""
+"""Fraction of the size limit that is freed when the limit is exceeded, so that files are seldom deleted."""
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class _File(NamedTuple):
-    """A cached file: time of its last use in seconds, size and path. Sorting puts the least recently used first."""
+    """A cached file: time of its last use in seconds, size in bytes, and path. Sorting puts the least recently used
+    first."""
 
     used: float
     bytes: int
@@ -49,7 +50,7 @@ class _File(NamedTuple):
 
 
 class DiskCache:
-    """A cache of limited size in a local folder, shared by any number of threads and processes of one machine.
+    """Caches bytes in a local folder of limited size, shared by all threads and processes of a machine.
 
     Args:
         folder: path of the folder, which is created if it is absent.
@@ -77,7 +78,7 @@ class DiskCache:
             ) from error
 
     def get(self, name: str, *, size: int) -> bytes | None:
-        """Bytes cached under a name; None if there are none of the expected size."""
+        """Returns the bytes cached under a name; None if the cache has no bytes of the expected size under this name."""
         try:
             handle = _opened(self._path(name), os.O_RDONLY)
         except OSError:
@@ -118,8 +119,10 @@ class DiskCache:
                 temporary.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
-        """Deletes the bytes under a name, because they are damaged; errors are ignored, since a later read detects the damage
-        again."""
+        """Deletes the damaged bytes cached under a name.
+
+        Errors are ignored, since a later read detects the damage again.
+        """
         path = self._path(name)
         with suppress(OSError):
             if not _is_ours(os.lstat(path.parent)):
@@ -134,7 +137,7 @@ class DiskCache:
         return self._folder / digest[:2] / digest
 
     def _clear(self, count: _Count, *, limit: int) -> None:
-        """Sums the sizes of all files, and deletes the least recently used ones until `limit` bytes are left."""
+        """Sums the sizes of all files, and deletes the least recently used files until at most `limit` bytes are left."""
         files = sorted(self._files())
         count.total = sum(file.bytes for file in files)
         for file in files:
@@ -161,7 +164,7 @@ class DiskCache:
 
     @contextmanager
     def _counted(self) -> Iterator[_Count]:
-        """Context with the total size of the files, locked against other processes; written back at the end."""
+        """Locks the total size of the files against other processes, yields it, and writes the changed size back."""
         handle = _opened(self._folder / _BYTES, os.O_RDWR | os.O_CREAT)
         with open(handle, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -176,14 +179,14 @@ class DiskCache:
 
 
 class _Count:
-    """Total size of the cached files, in bytes, while `.bytes` is locked."""
+    """Total size of the cached files, in bytes, while the file `.bytes` is locked."""
 
     def __init__(self, total: int) -> None:
         self.total = total
 
 
 def _opened(path: Path, flags: int) -> int:
-    """Opens a regular file of this user; never follows a link, and never blocks, as a pipe would."""
+    """Opens a regular file of this user; never follows a link, and never waits, as opening a pipe would."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     facts = os.fstat(handle)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
@@ -193,12 +196,12 @@ def _opened(path: Path, flags: int) -> int:
 
 
 def _is_ours(facts: os.stat_result) -> bool:
-    """True if a folder belongs to this user, and no other user can write to it."""
+    """Returns whether a folder belongs to this user and no other user can write to the folder."""
     return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & _OTHERS_MAY_WRITE
 
 
 def _size(path: Path) -> int:
-    """Size of a regular file, in bytes; 0 if there is none."""
+    """Returns the size of a regular file, in bytes; 0 if the path is no regular file."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:
@@ -207,7 +210,7 @@ def _size(path: Path) -> int:
 
 
 def _remove_if_odd(path: Path) -> None:
-    """Removes a link, a pipe or an empty folder that stands at the path of a file of the cache."""
+    """Removes a link, a pipe, an empty folder or another user's file from the path of a file of the cache."""
     try:
         facts = os.lstat(path)
     except FileNotFoundError:

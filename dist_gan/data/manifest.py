@@ -19,11 +19,11 @@ from dist_gan.types import UserError
 
 NAME = "manifest.json"
 _LARGEST_FILE = 2**31
-"""Largest size of a manifest, in bytes; fifteen million images take that much."""
+"""Largest size of a manifest, in bytes, which is enough for fifteen million images."""
 
 
 def read_manifest(url: str) -> Manifest:
-    """The manifest of a folder of shards.
+    """Reads the manifest of a folder of shards, and checks all its entries.
 
     Raises:
         UserError: there is no manifest, it cannot be read, or its entries contradict each other.
@@ -54,7 +54,7 @@ def _bytes_of(place: str) -> bytes:
 
 
 def write_manifest(url: str, manifest: Manifest) -> None:
-    """Writes the manifest into the folder of the shards; the file appears complete or not at all.
+    """Writes a manifest into the folder of its shards; the file appears complete or not at all.
 
     Raises:
         TrainingFailed: the file cannot be written.
@@ -68,9 +68,9 @@ def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -
     Args:
         url: folder of the shards.
         manifest: expected contents of the folder.
-        may_lose: largest number of images that may be lost in shards of a wrong size: in a shorter file those behind its
-            end, in a longer file all, since it is unknown where bytes were added. None makes every wrong size an error,
-            even if only the end marker of the tar is missing.
+        may_lose: largest number of images that may be lost in shards of a wrong size. A file that is too short has lost
+            the images behind its end; a file that is too long has lost all, since the position of the additional bytes
+            is unknown. None makes every wrong size an error, even if only the end marker of the tar file is missing.
 
     Returns:
         A sentence for each shard of a wrong size.
@@ -104,14 +104,14 @@ def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -
 
 
 def _lost(shard: Shard, size: int | None) -> int:
-    """Number of images of a shard that are taken as lost if its file has `size` bytes; None means that it is missing."""
+    """Returns the number of images of a shard that are lost if its file has `size` bytes; None means a missing file."""
     if size is None or size > shard.bytes:
         return len(shard.keys)
     return sum(offset + length > size for offset, length in zip(shard.offsets, shard.sizes, strict=True))
 
 
 def shard_from_json(content: Any, *, place: str) -> Shard:
-    """The shard in a JSON value written by `shard_to_json`.
+    """Converts a JSON value written by `shard_to_json` to a shard.
 
     Raises:
         UserError: the entries contradict each other; `place` names the file in the message.

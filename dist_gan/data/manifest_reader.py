@@ -1,4 +1,4 @@
-"""Conversion of a manifest's JSON to shards; every value is checked before it is used."""
+"""Converts the JSON of a manifest to shards; every value is checked before its use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dist_gan.data.manifest_types import FORMAT, VERSION, Manifest, Shard
 from dist_gan.types import UserError
 
 _LARGEST = 2**62
-"""Largest number of bytes in a manifest; the sum of two such numbers still fits a signed 64-bit integer."""
+"""Largest number of bytes accepted in a manifest; the sum of two such numbers still fits a signed 64-bit integer."""
 _LARGEST_SIDE = 2**20
 _ORIGIN = 4096
-"""Largest length of `origin`, in characters."""
+"""Largest length of the manifest's entry `origin`, in characters."""
 MAKE_ONE = "run `dist-gan pack` (from images) or `dist-gan index` (for shards that are there)"
 MAKE_AGAIN = "make it again with `dist-gan index --force`, or pack the images again"
 
 
 class ManifestReader:
-    """Converts JSON values to a manifest.
+    """Converts JSON values to a manifest, and reports invalid values.
 
     Args:
         place: name of the source, for errors.
@@ -32,7 +32,11 @@ class ManifestReader:
         self._place = place
 
     def manifest(self, content: Any) -> Manifest:
-        """The manifest. Raises: UserError: an entry is invalid, or contradicts another."""
+        """Converts a JSON value to a manifest.
+
+        Raises:
+            UserError: an entry is invalid, or contradicts another.
+        """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise self._error(f"the format is {_shown(found)}, not {FORMAT!r}", remedy=MAKE_ONE)
@@ -62,7 +66,11 @@ class ManifestReader:
         return manifest
 
     def shard(self, content: Any, number: int) -> Shard:
-        """The shard with index `number`. Raises: UserError: an entry is invalid, or contradicts another."""
+        """Converts a JSON value to the shard with index `number`.
+
+        Raises:
+            UserError: an entry is invalid, or contradicts another.
+        """
         where = f"shard {number}"
         if not isinstance(content, dict):
             raise self._error(f"{where} is no JSON object")
@@ -163,7 +171,7 @@ def _is_positive(value: Any, limit: int) -> bool:
 
 
 def _are_texts(values: Any) -> bool:
-    """True if `values` is a list of texts that can be encoded: JSON can hold lone surrogates."""
+    """Returns whether `values` is a list of texts that can be encoded as UTF-8; JSON can hold texts that cannot."""
     if not isinstance(values, list) or not all(type(value) is str for value in values):
         return False
     try:

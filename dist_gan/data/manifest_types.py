@@ -1,4 +1,4 @@
-"""Description of a data set: its shards, with key, position and label of every image."""
+"""Types that describe a data set: its shards, and the key, position and label of every image."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and the samples in it, as columns of equal length in the order of the tar."""
+    """One tar file and the samples in it, as columns of equal length in the order of the file."""
 
     name: str
-    """File name in the folder of the manifest."""
+    """Name of the tar file, in the folder of the manifest."""
     bytes: int
     sha256: str
     keys: tuple[str, ...]
-    """Name of each sample, without extension; unique over all shards."""
+    """Name of each sample, without extension; names are unique over all shards."""
     offsets: tuple[int, ...]
-    """First byte of each sample's image file, from the start of the tar."""
+    """Position of each sample's image file, in bytes from the start of the tar file."""
     sizes: tuple[int, ...]
     """Size of each sample's image file, in bytes."""
     extensions: tuple[str, ...]
     """Extension of each sample's image file, in lower case, without the dot."""
     labels: tuple[int, ...] | None
-    """Class of each sample; None where the data have no labels."""
+    """Class of each sample, as an index; None where the data have no labels."""
     crc32: tuple[int, ...] | None = None
-    """CRC-32 of each sample's image file (as zlib's); None in manifests that were made without."""
+    """CRC-32 of each sample's image file, as computed by zlib; None in manifests that were made without CRC-32."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of a data set."""
+    """Description of a data set: all its shards, and what their images have in common."""
 
     resolution: int | None
-    """Side of every image in pixels; None where sizes differ."""
+    """Width and height of every image, in pixels; None where sizes differ."""
     channels: int
     """Largest number of channels of any image: 1 or 3."""
     classes: tuple[str, ...] | None
     """Name of each class; None where the data have no labels."""
     shards: tuple[Shard, ...]
     origin: str
-    """Command and source that made the data set; not part of the fingerprint."""
+    """Command and source that made the data set; the fingerprint does not depend on this text."""
 
     @property
     def num_samples(self) -> int:
@@ -56,7 +56,7 @@ class Manifest:
 
     @cached_property
     def class_counts(self) -> tuple[int, ...] | None:
-        """Number of samples of each class; None if the data have no labels."""
+        """Number of samples of each class; None where the data have no labels."""
         if self.classes is None:
             return None
         counts = Counter(label for shard in self.shards for label in shard.labels or ())
@@ -64,13 +64,13 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the manifest without `origin` and derived entries."""
+        """SHA-256, in hex, of the manifest without `origin` and without entries derived from others."""
         content = {key: value for key, value in to_json(self).items() if key not in ("origin", "class_counts")}
         return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:
-    """A shard as JSON columns; extensions that are all equal are one string."""
+    """Converts a shard to JSON columns; extensions that are all equal become one string."""
     same = len(set(shard.extensions)) == 1
     content: dict[str, Any] = {
         "name": shard.name,
@@ -89,7 +89,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as JSON values."""
+    """Converts a manifest to JSON values."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -103,5 +103,5 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def canonical(content: Any) -> bytes:
-    """Canonical JSON as bytes, so that equal contents have equal hashes."""
+    """Returns canonical JSON as bytes, so that equal contents have equal hashes."""
     return json.dumps(content, separators=(",", ":"), sort_keys=True).encode("ascii")

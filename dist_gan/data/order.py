@@ -1,14 +1,16 @@
-"""Order of the images: integer arithmetic from (seed, position), without state and without a random generator.
+"""Computes the order of images from (seed, position) by integer arithmetic, without state or random generator.
 
 A pass shows every image once. For each pass the blocks (runs of neighbouring images in one shard) are permuted and
-laid end to end. This line is cut into equal lanes, and position i of the pass is element i // lanes of lane i % lanes.
-The images inside a block are permuted too. A batch thus draws from `lanes` different blocks, each of which is one
-contiguous read, and any position is found in O(log blocks) without replaying earlier ones.
+laid end to end. This line of blocks is cut into parts of equal length, the lanes, and position i of the pass is element
+i // lanes of lane i % lanes. The images inside a block are permuted too. A batch thus takes images from `lanes`
+different blocks, each of which is one contiguous read, and the image at any position is found in O(log blocks) without
+computing earlier positions.
 
-Every permutation sorts words that SHAKE-128 makes of seed, pass and block, so it is the same on every machine.
+Every permutation sorts words that SHAKE-128 makes of seed, pass and block, so that all machines get the same order.
 
-A mixture deals positions to several orders by whole-numbered weights: of every `sum(weights)` positions in a row that
-begin at a multiple of it, each order gets exactly its weight, in a permuted arrangement, and continues where it stopped.
+A mixture divides positions among several orders by whole-numbered weights. Positions are grouped into cycles of
+`sum(weights)`. Within a cycle each order gets exactly as many positions as its weight, at permuted places, and continues
+its own sequence from the cycle before.
 """
 
 from __future__ import annotations
@@ -26,26 +28,26 @@ Integers = NDArray[np.int64]
 
 
 class Locations(NamedTuple):
-    """Locations of the images at some positions; columns of equal length."""
+    """Locations of the images at some positions, as columns of equal length."""
 
     order: Integers
-    """Index of the order in a mixture; 0 without a mixture."""
+    """Index of the order in a mixture of several orders; 0 without a mixture."""
     shard: Integers
     nth: Integers
-    """Index among those images of the shard that belong to the order."""
+    """Index of the image among those images of its shard that belong to the order."""
     block: Integers
-    """Number of the block in its order."""
+    """Number of the image's block (a run of neighbouring images in one shard) in its order."""
 
 
 class Order:
-    """The endless sequence of the images of one data set.
+    """Endless sequence of the images of one data set, as a function of the position in the sequence.
 
     Args:
         shard_sizes: number of images of each shard that belong to the order.
         seed: seed of the run.
-        lanes: number of blocks from which images come at any moment.
+        lanes: number of blocks from which consecutive positions take images in turn.
         block: number of neighbouring images that are read together.
-        name: name of the order; orders of one run with different names have different permutations.
+        name: name of the order; orders of different names have different permutations in one run.
     """
 
     def __init__(self, shard_sizes: Sequence[int], *, seed: int, lanes: int, block: int, name: str = "order") -> None:
@@ -65,21 +67,21 @@ class Order:
         self._line_of_pass = lru_cache(maxsize=2)(self._permuted_blocks)
         self._inside_block = lru_cache(maxsize=4 * self._lanes + 64)(self._permuted_images)
         self.orders: tuple[Order, ...] = (self,)
-        """The orders that `Locations.order` is an index of."""
+        """All orders, as indexed by `Locations.order`: this order alone."""
 
     def locate(self, positions: Integers) -> Locations:
-        """Locations of the images at some positions, each from 0 on."""
+        """Returns the locations of the images at some positions; positions count from 0."""
         blocks, inside, passes = self._in_blocks(positions)
         rows = zip(passes.tolist(), blocks.tolist(), inside.tolist(), strict=True)
         inside = np.array([self._inside_block(number, block)[at] for number, block, at in rows], dtype=np.int64)
         return Locations(np.zeros_like(blocks), self._shards[blocks], self._starts[blocks] + inside, blocks)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """Order and block of each position, which is all that prefetching needs."""
+        """Returns index of the order and number of the block at each position, which is all that prefetching needs."""
         return [(0, block) for block in self._in_blocks(positions)[0].tolist()]
 
     def _in_blocks(self, positions: Integers) -> tuple[Integers, Integers, Integers]:
-        """Block, index within the permuted block, and pass of each position."""
+        """Returns, for each position, the block, the index within the permuted block, and the pass over the data."""
         passes, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.length)
         along = self._along_the_line(offsets)
         blocks = np.empty_like(along)
@@ -93,12 +95,16 @@ class Order:
         return blocks, inside, passes
 
     def block_range(self, block: int) -> tuple[int, int, int]:
-        """Shard of a block, and the indices [start, end) of its images there."""
+        """Returns the shard of a block, and the indices [start, end) of the block's images in that shard."""
         start = int(self._starts[block])
         return int(self._shards[block]), start, start + int(self._sizes[block])
 
     def _along_the_line(self, offsets: Integers) -> Integers:
-        """Index in the line of permuted blocks. Lanes have equal lengths, except that the first ones may be longer by one."""
+        """Converts offsets in a pass to indices in the line of permuted blocks, which is cut into lanes of equal
+        length.
+
+        The length of the first lanes may be larger by one.
+        """
         lanes = self._lanes
         quotient, remainder = divmod(self.length, lanes)
         lane, depth = offsets % lanes, offsets // lanes
@@ -114,7 +120,7 @@ class Order:
 
 
 class Mixture:
-    """The endless sequence of several orders or mixtures, in which positions are dealt by weight.
+    """Endless sequence of several orders or mixtures, among which positions are divided by weight.
 
     Args:
         parts: orders and mixtures to be mixed.
@@ -136,13 +142,13 @@ class Mixture:
         self._seed, self._name = seed, name
         self._arrangement = lru_cache(maxsize=64)(self._arranged)
         self.orders: tuple[Order, ...] = tuple(order for part in parts for order in part.orders)
-        """The orders that `Locations.order` is an index of."""
+        """All orders of all parts, as indexed by `Locations.order`."""
         sizes = [len(part.orders) for part in parts]
         self._first_order = [sum(sizes[:number]) for number in range(len(parts))]
         self.length = sum(order.length for order in self.orders)
 
     def locate(self, positions: Integers) -> Locations:
-        """Locations of the images at some positions, each from 0 on."""
+        """Returns the locations of the images at some positions; positions count from 0."""
         columns = np.empty((4, len(positions)), dtype=np.int64)
         for part, rows, inner in self._dealt(positions):
             locations = self._parts[part].locate(inner)
@@ -150,7 +156,7 @@ class Mixture:
         return Locations(*columns)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """Order and block of each position."""
+        """Returns index of the order and number of the block at each position."""
         found: list[tuple[int, int]] = [(0, 0)] * len(positions)
         for part, rows, inner in self._dealt(positions):
             for row, (order, block) in zip(rows.tolist(), self._parts[part].blocks_at(inner), strict=True):
@@ -158,7 +164,8 @@ class Mixture:
         return found
 
     def _dealt(self, positions: Integers) -> Iterator[tuple[int, Integers, Integers]]:
-        """Yields each part that gets some of the positions, their indices, and their positions in the part."""
+        """Yields, for each part, its index, the indices of the given positions that belong to it, and the positions
+        within the part."""
         cycles, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self._cycle)
         owners, inner = np.empty_like(offsets), np.empty_like(offsets)
         for cycle in np.unique(cycles):
@@ -171,7 +178,8 @@ class Mixture:
             yield int(part), rows, inner[rows]
 
     def _arranged(self, cycle: int) -> tuple[Integers, Integers]:
-        """Part of each offset in a cycle, and the number of earlier offsets of the same part in the cycle."""
+        """Returns the part of each offset in a cycle of `sum(weights)` positions, and the number of earlier offsets of
+        that part."""
         order = _permutation(self._seed, f"{self._name}/parts", cycle, 0, self._cycle)
         owner = np.searchsorted(self._ends, order, side="right")
         nth = np.empty_like(owner)
@@ -182,13 +190,16 @@ class Mixture:
 
 
 def _permutation(seed: int, purpose: str, number: int, slot: int, length: int) -> Integers:
-    """A permutation of 0..length-1: the order of 64-bit words of SHAKE-128 over the arguments."""
+    """Returns a permutation of 0..length-1, by sorting 64-bit words that SHAKE-128 makes of the other arguments."""
     words = hashlib.shake_128(f"{seed}/{purpose}/{number}/{slot}".encode()).digest(8 * length)
     return np.argsort(np.frombuffer(words, "<u8"), kind="stable").astype(np.int64)
 
 
 def holdout_mask(keys: Sequence[str], *, share: float) -> NDArray[np.bool_]:
-    """Mask of the images held out of training: those whose key has a hash below `share`, whatever shard they are in."""
+    """Returns a mask of the images that are held out from training, as a function of their keys alone.
+
+    An image is held out if the hash of its key, as a fraction of the largest hash, is below `share`.
+    """
     if share <= 0:
         return np.zeros(len(keys), dtype=bool)
     limit = int(share * 2**64)

@@ -1,8 +1,9 @@
-"""Reads pieces of shards before they are needed, in bounded memory, through a disk cache if there is one.
+"""Reads pieces of shards before they are needed, in bounded memory, through a disk cache if one is set.
 
 A piece is a run of neighbouring samples in one shard, read as one range of bytes. A store is read by a pool of
 threads. For a local disk the kernel is asked to load the range into its page cache, and the piece is read when it is
-needed, because reading threads would compete with the decoder: they cost a third of the images per second at 32x32.
+needed, because reading threads would compete with the decoder: with such threads a third fewer images per second were
+read at 32x32.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from dist_gan.storage.errors import failure
 from dist_gan.types import TrainingFailed
 
 _REMEMBERED = 4096
-"""Number of latest pieces for which the kernel is not asked a second time."""
+"""Number of most recent local pieces that the kernel is not asked again to load."""
 READERS = 16
-"""Number of threads of a process that read from a store."""
+"""Number of threads per process that read from a store."""
 
 
 class ShardFolder(NamedTuple):
-    """A folder of shards and its manifest."""
+    """URL of a folder of shards, and its manifest."""
 
     url: str
     manifest: Manifest
 
 
 class Piece(NamedTuple):
-    """Neighbouring samples of one shard, `first` to `last`, both included. `folder` and `shard` are indices."""
+    """Range of neighbouring samples of one shard, from `first` to `last`, both included; `folder` and `shard` are
+    indices."""
 
     folder: int
     shard: int
@@ -42,16 +44,18 @@ class Piece(NamedTuple):
 
 
 class PieceBytes(NamedTuple):
-    """The bytes of a piece, and where they start."""
+    """Bytes of a piece, and their position in the shard."""
 
     start: int
-    """Position of the first byte in the shard."""
+    """Position of the first byte, in bytes from the start of the shard."""
     data: bytes
-    """Shorter than the piece only if the shard ends within it."""
+    """Bytes of the piece; fewer than the manifest says only if the shard ends within the piece."""
 
 
 class PieceReader:
-    """Reads pieces by several threads; pieces in memory and pieces being read have at most `memory` bytes together.
+    """Reads pieces (ranges of neighbouring samples) by several threads, and keeps them in bounded memory.
+
+    Pieces in memory and pieces being read have at most `memory` bytes together.
 
     Args:
         folders: folders of shards.
@@ -68,10 +72,10 @@ class PieceReader:
         self._held: OrderedDict[Piece, Future[PieceBytes]] = OrderedDict()
         """Pieces in memory or being read, the least recently requested first."""
         self._arrived: dict[Piece, PieceBytes] = {}
-        """The held pieces that have arrived, so that later calls of `get` need no lock."""
+        """Pieces that are completely in memory, so that later calls of `get` need no lock."""
         self._bytes = 0
         self.most_bytes = 0
-        """The largest number of bytes held so far."""
+        """Largest number of bytes of pieces held at any time so far."""
         self._local = [
             [storage.local_path(storage.join(folder.url, shard.name)) for shard in folder.manifest.shards]
             if cache is None
@@ -83,7 +87,7 @@ class PieceReader:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def request(self, pieces: Iterable[Piece]) -> None:
-        """Starts reading pieces that will be needed, as long as there is memory for them."""
+        """Starts reading pieces that will be needed, as long as memory is free for them."""
         with self._lock:
             for piece in pieces:
                 if piece in self._held:
@@ -94,7 +98,7 @@ class PieceReader:
                     self._begin(piece)
 
     def get(self, piece: Piece) -> PieceBytes:
-        """The bytes of a piece; waits until they are there.
+        """Returns the bytes of a piece; waits until the piece has been read.
 
         Raises:
             TrainingFailed: the shard cannot be read, or the store does not answer.
@@ -131,7 +135,7 @@ class PieceReader:
                 self._forget(piece)
 
     def fetch_again(self, piece: Piece) -> PieceBytes:
-        """The bytes of a piece, read from the store whatever is cached.
+        """Reads a piece from the store even if its bytes are cached; returns the new bytes.
 
         Raises:
             TrainingFailed: the shard cannot be read, or the store does not answer.
@@ -140,21 +144,21 @@ class PieceReader:
         return self._fetch(piece, anew=True)
 
     def size(self, piece: Piece) -> int:
-        """Size of a piece, in bytes."""
+        """Returns the size of a piece, in bytes."""
         shard = self._shard(piece)
         return shard.offsets[piece.last] + shard.sizes[piece.last] - shard.offsets[piece.first]
 
     @property
     def retries(self) -> int:
-        """Number of requests that had to be repeated."""
+        """Number of requests to the store that had to be repeated."""
         return self._patience.retries
 
     def stop_retrying(self) -> None:
-        """Repeats no failed request from now on, so that threads that wait for a piece end soon."""
+        """Stops the repetition of failed requests, so that threads that wait for a piece end soon."""
         self._patience.stop_retrying()
 
     def close(self) -> None:
-        """Ends the threads, after the requests that they are making."""
+        """Ends the reading threads, after the requests that they are making."""
         self.stop_retrying()
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
@@ -172,7 +176,7 @@ class PieceReader:
         storage.will_read(path, start, start + self.size(piece))
 
     def _begin(self, piece: Piece) -> Future[PieceBytes]:
-        """Starts reading a piece in the pool; a local piece is read by the first thread that calls `get`."""
+        """Starts reading a piece in the pool of threads; a local piece is read by the first thread that calls `get`."""
         is_local = self._local[piece.folder][piece.shard] is not None
         future: Future[PieceBytes] = Future() if is_local else self._pool.submit(self._fetch, piece)
         self._held[piece] = future
@@ -186,9 +190,10 @@ class PieceReader:
         self._arrived.pop(piece, None)
 
     def _make_room(self, size: int) -> bool:
-        """Drops pieces that have arrived, the least recently requested first; returns whether `size` bytes are free then."""
+        """Drops pieces that have arrived, the least recently requested first; returns whether `size` bytes are then
+        free."""
         while self._bytes + size > self._memory:
-            # The first one has nearly always arrived. Scanning all of them took an eighth of the time of a small image.
+            # The first piece has nearly always arrived. Scanning all pieces took an eighth of the time of a small image.
             unused = next((piece for piece, future in self._held.items() if future.done()), None)
             if unused is None:
                 return False
@@ -224,7 +229,10 @@ class PieceReader:
         return self._folders[piece.folder].manifest.shards[piece.shard]
 
     def _name(self, piece: Piece) -> str:
-        """Name of a piece in the disk cache; the hash of the shard stands for the version of the object."""
+        """Returns the name of a piece in the disk cache.
+
+        The name holds the shard's hash, so that a changed shard has other names.
+        """
         shard = self._shard(piece)
         url = storage.join(self._folders[piece.folder].url, shard.name)
         start = shard.offsets[piece.first]
@@ -232,7 +240,7 @@ class PieceReader:
 
 
 def _run(future: Future[PieceBytes], fetch: Callable[[Piece], PieceBytes], piece: Piece) -> None:
-    """Sets a future's result in the calling thread; other threads may be waiting for the same future."""
+    """Fetches a piece in the calling thread, and sets a future's result; other threads may wait for the same future."""
     try:
         future.set_result(fetch(piece))
     except BaseException as error:

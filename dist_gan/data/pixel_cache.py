@@ -1,4 +1,4 @@
-"""Memory for all decoded images of small data sets, so that every image is decoded once."""
+"""Keeps all decoded images of a small data set in memory, so that every image is decoded once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dist_gan.pictures import Pixels
 
 
 class PixelCache:
-    """Decoded images of all folders, at the network's resolution. Memory for all of them is reserved at once.
+    """Keeps the decoded images of all folders, at the networks' resolution.
+
+    Memory for all images is reserved at once.
 
     Args:
         folders: folders of shards.
@@ -31,7 +33,7 @@ class PixelCache:
         self._is_there = np.zeros(count, dtype=bool)
 
     def copy(self, address: ImageAddress, out: Pixels) -> bool:
-        """Copies an image into `out`; returns False if the image has not been decoded yet."""
+        """Copies a stored image into `out`; returns False if the image has not been stored yet."""
         number = self._first[address.folder][address.shard] + address.row
         if self._is_there[number]:
             out[...] = self._pixels[number]
@@ -39,7 +41,7 @@ class PixelCache:
         return False
 
     def put(self, address: ImageAddress, pixels: Pixels) -> None:
-        """Stores a decoded image."""
+        """Stores the pixels of a decoded image."""
         number = self._first[address.folder][address.shard] + address.row
         self._pixels[number] = pixels
         self._is_there[number] = True

@@ -1,4 +1,4 @@
-"""Maps positions of the order to images in the shards of one or several folders, and to the pieces to be read."""
+"""Maps positions in the order of images to images in shards, and to the pieces (ranges of bytes) to be read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from dist_gan.data.pieces import READERS, Piece, ShardFolder
 from dist_gan.types import UserError
 
 _AT_ONCE = 512
-"""Number of positions that are looked up in one call, because numpy has a fixed cost for each call."""
+"""Number of positions that are looked up in one call, because numpy has a fixed cost per call."""
 
 
 class ImageAddress(NamedTuple):
-    """Address of an image: index of its folder, its shard and its row, and the piece that it is read with."""
+    """Address of an image: indices of its folder, its shard and its row, and the piece that it is read with.
+
+    A piece is a range of neighbouring samples of one shard that is read in one request.
+    """
 
     folder: int
     shard: int
@@ -28,25 +31,27 @@ class ImageAddress(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """The images that one order runs over."""
+    """Images of one folder that one order runs over."""
 
     folder: int
     rows: tuple[Integers, ...]
-    """Rows of each shard that belong to the order."""
+    """Indices of the images in each shard that belong to the order."""
 
 
 class Plan:
-    """Which images each batch holds, and which pieces have to be read for them. It reads nothing itself.
+    """Computes which images each batch holds, and which pieces have to be read for them; reads nothing.
 
-    With `balance` each class has an order of its own, and all classes have the same weight. Whole blocks are read if
-    two and a half of them for every lane fit into `section.memory`; otherwise, and with `balance`, single images are.
+    A piece is a range of neighbouring samples of one shard. With `balance` each class has an order of its own, and all
+    classes have the same weight. The order takes images in turn from `section.lanes` parallel lanes, each a sequence of
+    blocks of `section.block` images. A piece is a whole block if two and a half blocks per lane fit into
+    `section.memory`; otherwise, and with `balance`, a piece is a single image.
 
     Args:
         folders: folders of shards with their mixing weights.
         section: settings of the order and of the split.
         seed: seed of the run.
         batch: number of images of a global batch.
-        slots: positions in it that this rank owns.
+        slots: positions in the global batch that this rank owns.
 
     Attributes:
         rows: rows that are trained on, by folder and shard.
@@ -87,11 +92,11 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Number of images that are trained on."""
+        """Number of images that the run trains on."""
         return self._order.length
 
     def addresses(self, positions: Integers) -> list[ImageAddress]:
-        """Addresses of the images at some positions of the order."""
+        """Returns the addresses of the images at some positions of the order."""
         found = self._order.locate(positions)
         addresses = []
         for order, shard, nth, block in zip(*(column.tolist() for column in found), strict=True):
@@ -102,11 +107,11 @@ class Plan:
         return addresses
 
     def of_draw(self, draw: int) -> list[ImageAddress]:
-        """Addresses of this rank's images of a global batch."""
+        """Returns the addresses of this rank's images in global batch number `draw`."""
         return self.addresses(draw * self._batch + self._slots)
 
     def from_draw(self, draw: int) -> Iterator[tuple[int, list[ImageAddress]]]:
-        """Number of each global batch from `draw` on, and addresses of this rank's images in it; endless."""
+        """Yields number and addresses of this rank's images for each global batch from `draw` on, without end."""
         size, count = len(self._slots), 1  # one batch at first, since training waits for it
         while True:
             draws = np.arange(draw, draw + count)
@@ -115,11 +120,17 @@ class Plan:
             draw, count = draw + count, max(1, _AT_ONCE // size)
 
     def prefetches_at(self, draw: int) -> bool:
-        """Whether pieces are requested at a draw. A lane stays with its block for many draws, so blocks are requested rarely."""
+        """Returns whether pieces are requested in advance at global batch number `draw`.
+
+        Consecutive batches read the same blocks for a long time, so blocks are requested at few batches only.
+        """
         return not self.by_block or draw % self._look_every == 0
 
     def pieces_to_prefetch(self, draw: int) -> Iterator[Piece]:
-        """Pieces that this rank needs some time after a draw: each lane's next block, or the images of a later draw."""
+        """Yields the pieces that this rank needs some time after global batch number `draw`.
+
+        These are the next block of each lane, or the single images of a later batch.
+        """
         if self.by_block:
             draws = np.arange(draw, draw + self._look_every, max(1, self._look_every // 2))
             starts = draws * self._batch + self._section.block * self._section.lanes
@@ -162,7 +173,7 @@ class Plan:
         return Order(sizes, seed=seed, lanes=self._section.lanes, block=self._section.block, name=name)
 
     def _largest_block(self, folders: Sequence[tuple[ShardFolder, int]]) -> int:
-        """Largest size, in bytes, of a run of `block` images in any shard."""
+        """Returns the largest size, in bytes, of a block of `section.block` images in any shard."""
         largest, block = 0, self._section.block
         for (folder, _), shards in zip(folders, self.rows, strict=True):
             for shard, rows in zip(folder.manifest.shards, shards, strict=True):

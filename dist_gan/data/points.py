@@ -1,4 +1,4 @@
-"""Points in the plane from a ring of Gaussians: a computed data set for studies of the game itself."""
+"""Points in the plane from a ring of Gaussians: a computed data set for studies of GAN dynamics without images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from dist_gan.types import Batch, UserError
 
 
 class PointStream:
-    """Endless batches of points, each a function of (seed, draw, slot); labels are the Gaussians' numbers."""
+    """Endless batches of points; the label of a point is the number of its Gaussian.
+
+    Each point is a function of the seed, the number of the batch (`draw`) and the index in the global batch (slot).
+    """
 
     def __init__(self, section: PointsData, *, classes: int, slots: Tensor, draws: Draws) -> None:
         self.draw = 0
@@ -26,14 +29,14 @@ class PointStream:
         self._section, self._labelled, self._slots, self._draws = section, classes > 0, slots, draws
 
     def next(self) -> Batch:
-        """This rank's part of the next global batch, on the device."""
+        """Returns this rank's part of the next global batch, on the device."""
         points, labels = self._points(self.draw, self._slots)
         keys = tuple(f"point-{self.draw}-{slot}" for slot in self._slots.tolist())
         self.draw += 1
         return Batch(points, labels if self._labelled else None, self._slots, keys, self.draw - 1)
 
     def preview(self, count: int) -> Tensor:
-        """The first `count` points of draw 0, on the device."""
+        """Returns the first `count` points of global batch 0, on the device."""
         return self._points(0, torch.arange(count))[0]
 
     def _points(self, draw: int, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,26 +47,30 @@ class PointStream:
         return centre + self._section.sigma * self._draws.normal("points/offset", shape=(2,), **address), labels
 
     def seek(self, draw: int) -> None:
-        """Makes global batch number `draw` the next one."""
+        """Makes global batch number `draw` the next batch."""
         self.draw = draw
 
     def close(self) -> None:
         """Does nothing, since no threads prefetch."""
 
     def damaged(self) -> list[Damage]:
-        """Always empty, since points are computed and not read."""
+        """Returns an empty list, since points are computed and not read."""
         return []
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """No points can be damaged."""
+        """Returns an empty list, since computed points cannot be damaged."""
         return []
 
     def values(self) -> dict[str, Any]:
-        """Number of batches consumed, and fingerprint of the order, for the checkpoint."""
+        """Returns the number of batches consumed and the fingerprint of the data, for the checkpoint."""
         return {"draw": self.draw, "fingerprint": self.fingerprint}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Continues from the state that `values` returned."""
+        """Continues from the state that `values` returned.
+
+        Raises:
+            UserError: the state is that of other points.
+        """
         if values["fingerprint"] != self.fingerprint:
             raise UserError("data: the points are not those of the checkpoint; give the same data, or another run.dir")
         self.seek(int(values["draw"]))

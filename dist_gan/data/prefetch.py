@@ -1,7 +1,8 @@
-"""Prefetching: batches are read and decoded by threads before the training loop needs them.
+"""Reads and decodes batches in threads before the training loop needs them.
 
-One thread plans, a pool reads from the store, and a pool decodes. Batches come in their order, whatever the order in
-which their parts were finished. simplejpeg releases Python's interpreter lock, so threads decode in parallel.
+One thread computes which images a batch holds, a pool of threads reads from the store, and another pool decodes. Batches
+are returned in order, whatever the order in which their parts are finished. simplejpeg releases Python's interpreter
+lock, so that threads decode in parallel.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from dist_gan.pictures import Pixels
 from dist_gan.types import TrainingFailed
 
 _WORTH_A_THREAD = 2**20
-"""Smallest number of pixels of a part of a batch that is decoded by a thread of its own. For smaller parts, waiting for
-the interpreter lock takes longer than decoding: at 32x32 one thread is nearly twice as fast as two."""
+"""Smallest number of pixels that are decoded in a thread of their own.
+
+For smaller parts of a batch, waiting for the interpreter lock takes longer than decoding: at 32x32 one thread is nearly
+twice as fast as two.
+"""
 
 
 class DecodedBatch(NamedTuple):
-    """This rank's part of a global batch, decoded, on the CPU."""
+    """This rank's part of a global batch after decoding, in CPU memory."""
 
     images_BHWC: Tensor
-    """uint8; in pinned memory if it is to be copied to a GPU."""
+    """Pixels, uint8; in pinned memory if the batch is to be copied to a GPU."""
     labels: tuple[int, ...]
-    """Class of each image; -1 if the data have no labels."""
+    """Class of each image, as an index; -1 if the data have no labels."""
     keys: tuple[str, ...]
 
 
 class _PendingBatch(NamedTuple):
-    """A batch that is being decoded."""
+    """Batch that is being decoded."""
 
     images_BHWC: Tensor
     parts: list[Future[tuple[list[int], list[str]]]]
@@ -46,9 +50,9 @@ class _PendingBatch(NamedTuple):
 def decode_part(
     decoder: Decoder, addresses: Sequence[ImageAddress], out: Pixels, stages: Sequence[Stage]
 ) -> tuple[list[int], list[str]]:
-    """Decodes the images at some addresses into `out`, NHWC; returns their labels and keys.
+    """Decodes the images at some addresses into `out`, NHWC; returns the labels and keys of the images.
 
-    A user's stages are run as a `webdataset.DataPipeline`.
+    The user's stages (steps after decoding) are run as a `webdataset.DataPipeline`.
 
     Raises:
         TrainingFailed: as in `Decoder.samples`; or a user's stage gave too many samples, too few, or another shape.
@@ -75,15 +79,15 @@ def decode_part(
 
 
 class Prefetcher:
-    """Decodes the batches from a draw on before they are needed.
+    """Decodes global batches from number `draw` on, before they are needed.
 
     Args:
         plan: addresses of the images of each batch.
-        decoder: decodes the images; its reader is closed by `close`.
+        decoder: decodes the images; `close` closes the reader of the decoder.
         draw: number of the first batch.
         shape: NHWC of this rank's part of a batch.
         stages: steps of the user after decoding.
-        prefetch: number of batches that are being decoded, or wait, at a time.
+        prefetch: largest number of batches that are being decoded, or are decoded and not yet taken.
         workers: number of threads that decode.
         pinned: allocates pinned memory, from which a GPU copies without waiting.
     """
@@ -112,7 +116,7 @@ class Prefetcher:
         self._thread.start()
 
     def take(self) -> DecodedBatch:
-        """The next batch; waits until it is decoded.
+        """Waits until the next batch is decoded, and returns the batch.
 
         Raises:
             TrainingFailed: the store does not answer, an image has no substitute, or a user's stage is wrong.
@@ -129,11 +133,11 @@ class Prefetcher:
         return DecodedBatch(item.images_BHWC, tuple(labels), tuple(keys))
 
     def give_back(self, images_BHWC: Tensor) -> None:
-        """Takes the memory of a used batch for a later one, because filling newly allocated memory takes longer."""
+        """Keeps the memory of a used batch for a later batch, because filling newly allocated memory takes longer."""
         self._unused.append(images_BHWC)
 
     def has_next(self) -> bool:
-        """Whether the next batch is decoded, so that `take` returns at once."""
+        """Returns whether the next batch is decoded, so that `take` returns at once."""
         try:
             item = self._queue.queue[0]
         except IndexError:
@@ -141,7 +145,7 @@ class Prefetcher:
         return not isinstance(item, BaseException) and all(part.done() for part in item.parts)
 
     def close(self) -> None:
-        """Ends the threads, and drops the batches that they are decoding."""
+        """Ends the threads, and drops the batches that the threads are decoding."""
         self._stop.set()
         self.decoder.reader.stop_retrying()  # otherwise a request to a store that does not answer would delay the end
         while True:
@@ -182,7 +186,7 @@ class Prefetcher:
         return _PendingBatch(images, parts)
 
     def _put(self, item: _PendingBatch | BaseException) -> bool:
-        """Puts an item into the queue as soon as there is room; returns False if `close` is called first."""
+        """Puts an item into the queue as soon as the queue has room; returns False if `close` is called first."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

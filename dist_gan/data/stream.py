@@ -1,9 +1,9 @@
-"""The endless stream of real images, from shards to batches on the device; its state is one integer.
+"""Endless stream of batches of real images, from shards to the device; its position is one integer.
 
     plan -> pieces, prefetched -> decoder -> the user's stages -> batch on the device
 
-The images of a batch follow from (seed, draw) alone. Each rank reads the slots that it owns, and ranks need not
-communicate.
+The images of a batch are a function of the seed and the number of the batch (`draw`). Each rank reads the images at the
+positions of the global batch that it owns (its slots), and ranks need not communicate.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from dist_gan.types import Batch, TrainingFailed, UserError, unit_range
 
 
 class ScanBatch(NamedTuple):
-    """This rank's part of a batch of a scan; the last batch is padded."""
+    """This rank's part of a batch while a split is read once; the last batch is padded to full length."""
 
     images: Tensor
     labels: Tensor | None
     keys: tuple[str, ...]
     mask: Tensor
-    """Rows that are images, bool, B; the other rows repeat the first image of the batch."""
+    """True for rows that are images of the split, bool, shape (B,); other rows repeat the first image of the batch."""
 
 
 class _DeviceBatch(NamedTuple):
-    """A batch on the device, or being copied to it."""
+    """Batch on the device, or being copied to the device."""
 
     images_BCHW: Tensor
     labels: Tensor | None
     keys: tuple[str, ...]
     sent: torch.cuda.Event | None
-    """Event of the copying CUDA stream, reached once the copy is complete; None on a CPU."""
+    """CUDA event of the copying stream, reached once the copy is complete; None on a CPU."""
 
 
 class ImageStream:
-    """Endless batches of images from shards.
+    """Endless stream of batches of images from shards.
 
     Args:
         folders: folders of shards with their mixing weights.
@@ -127,7 +127,7 @@ class ImageStream:
     # -- batches --------------------------------------------------------------------------------------------------
 
     def next(self) -> Batch:
-        """This rank's part of the next global batch, on the device.
+        """Returns this rank's part of the next global batch, on the device.
 
         Raises:
             TrainingFailed: the store does not answer, or an image is damaged and may not be substituted.
@@ -140,7 +140,7 @@ class ImageStream:
                 self._staged = self._send(self._prefetcher)
                 self.waited_s += time.perf_counter() - began
             batch = self._receive(self._staged)
-            # The following batch, if it is decoded, is copied while the networks compute.
+            # The following batch, if already decoded, is copied while the networks compute.
             self._staged = (
                 self._send(self._prefetcher) if self._side is not None and self._prefetcher.has_next() else None
             )
@@ -151,7 +151,7 @@ class ImageStream:
         return batch
 
     def preview(self, count: int) -> Tensor:
-        """The first `count` images of the order, on the device."""
+        """Returns the first `count` images of the order, on the device."""
         decoder = self._decoder()
         try:
             return self._decode(decoder, self._plan.addresses(np.arange(count)))[0]
@@ -159,12 +159,12 @@ class ImageStream:
             self._release(decoder)
 
     def seek(self, draw: int) -> None:
-        """Makes global batch number `draw` the next one; earlier ones are not read."""
+        """Makes global batch number `draw` the next batch, without reading earlier batches."""
         self.close()
         self.draw = draw
 
     def close(self) -> None:
-        """Ends the threads that prefetch."""
+        """Ends the threads that prefetch batches."""
         if self._prefetcher is not None:
             prefetcher, self._prefetcher = self._prefetcher, None
             prefetcher.close()
@@ -174,12 +174,12 @@ class ImageStream:
     # -- damage ---------------------------------------------------------------------------------------------------
 
     def damaged(self) -> list[Damage]:
-        """Images that this rank has found damaged since the last call."""
+        """Returns the images that this rank has found damaged since the last call."""
         found, self._found = self._found, []
         return found + (self._prefetcher.decoder.damaged() if self._prefetcher is not None else [])
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """Counts the damaged images that all ranks have found, and returns the new ones.
+        """Counts the damaged images that all ranks have found, and returns those not counted before.
 
         Raises:
             TrainingFailed: more images are damaged than may be substituted (`data.max_bad`).
@@ -198,11 +198,11 @@ class ImageStream:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Any]:
-        """Number of batches consumed, fingerprint of the order, and images known to be damaged, for the checkpoint."""
+        """Returns, for the checkpoint, the number of batches consumed, the order's fingerprint and the damaged images."""
         return {"draw": self.draw, "fingerprint": self.fingerprint, "damaged": sorted(map(list, self._damage))}
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Continues from the state that `values` returned. Raises: UserError: the order is another one."""
+        """Continues from the state that `values` returned. Raises UserError if the state is of another order."""
         if values["fingerprint"] != self.fingerprint:
             raise UserError(
                 f"data: the images or their order are not those of the checkpoint ({values['fingerprint']} there, "
@@ -214,9 +214,10 @@ class ImageStream:
     # -- a split from end to end ----------------------------------------------------------------------------------
 
     def scan(self, split: str, *, batch: int, rank: int, world_size: int) -> Iterator[ScanBatch]:
-        """Reads every image of the split `train` or `holdout` once, in the order of the shards, dealt over the ranks.
+        """Yields every image of the split `train` or `holdout` once, in the order of the shards, divided over the
+        ranks.
 
-        Every rank gets the same number of batches of `batch` rows; the last ones are padded.
+        Every rank gets the same number of batches of `batch` rows; the last batches are padded.
         """
         assert split in ("train", "holdout")
         chosen = self._plan.holdout_rows if split == "holdout" else self._plan.rows
@@ -284,7 +285,7 @@ class ImageStream:
         return images, self._labels(labels), tuple(keys)
 
     def _send(self, prefetcher: Prefetcher) -> _DeviceBatch:
-        """Takes the next batch, and starts its copy to the device on a CUDA stream of its own."""
+        """Takes the next decoded batch, and starts its copy to the device on a CUDA stream of its own."""
         item = prefetcher.take()
         if self._side is None:
             return _DeviceBatch(item.images_BHWC.permute(0, 3, 1, 2), self._labels(item.labels), item.keys, None)
@@ -296,7 +297,7 @@ class ImageStream:
         return _DeviceBatch(images.permute(0, 3, 1, 2), labels, item.keys, sent)
 
     def _receive(self, item: _DeviceBatch) -> Batch:
-        """The batch that `_send` has started to copy, as input of the networks."""
+        """Waits for the copy that `_send` has started, and returns the batch as input of the networks."""
         if item.sent is not None:
             now = torch.cuda.current_stream(self._draws.device)
             now.wait_event(item.sent)

@@ -1,4 +1,4 @@
-"""What the training loop asks of a stream of real samples, whatever they are."""
+"""Interface that the training loop uses for any stream of real samples, images or points."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dist_gan.types import Batch
 
 
 class Stream(Protocol):
-    """An endless stream of batches whose order is a function of the seed and of the number of the batch."""
+    """Endless stream of batches whose order is a function of the seed and of the number of the batch."""
 
     draw: int
     """Number of the next global batch."""
     waited_s: float
-    """Seconds for which training has waited for data."""
+    """Seconds for which training has waited for data so far."""
 
     @property
     def retries(self) -> int:
@@ -30,27 +30,28 @@ class Stream(Protocol):
         ...
 
     def next(self) -> Batch:
-        """This rank's part of the next global batch, on the device."""
+        """Returns this rank's part of the next global batch, on the device."""
         ...
 
     def preview(self, count: int) -> Tensor:
-        """The first `count` samples of the order, on the device, for the sample grid."""
+        """Returns the first `count` samples of the order, on the device, for the sample grid."""
         ...
 
     def seek(self, draw: int) -> None:
-        """Makes global batch number `draw` the next one."""
+        """Makes global batch number `draw` the next batch."""
         ...
 
     def close(self) -> None:
-        """Ends the threads that prefetch."""
+        """Ends the threads that prefetch batches."""
         ...
 
     def damaged(self) -> list[Damage]:
-        """Images that this rank has found damaged since the last call."""
+        """Returns the images that this rank has found damaged since the last call."""
         ...
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """Counts the damaged images that all ranks have found, and returns the new ones, the same on all ranks.
+        """Counts the damaged images that all ranks have found, and returns those not counted before, equal on all
+        ranks.
 
         Raises:
             TrainingFailed: more images are damaged than may be substituted.
@@ -58,7 +59,7 @@ class Stream(Protocol):
         ...
 
     def values(self) -> dict[str, Any]:
-        """Number of batches consumed, and fingerprint of the order, for the checkpoint."""
+        """Returns the number of batches consumed and the fingerprint of the order, for the checkpoint."""
         ...
 
     def load_values(self, values: dict[str, Any]) -> None:

@@ -15,11 +15,14 @@ from dist_gan.types import TrainingFailed, UserError
 from dist_gan.wording import last_resort, print_anything, report, safe
 
 _CLASSES_SHOWN = 1000
-"""Largest number of classes of a data set; ImageNet has as many."""
+"""Largest number of classes that `inspect` lists; ImageNet has as many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; exit code 0, or, after one sentence, 2 (user error), 3 (disk or store failed), 1 (crash)."""
+    """Runs one subcommand and returns its exit code: 0, or, after one sentence on standard error, 1, 2, 3 or 130.
+
+    1 is a crash, 2 a mistake of the user, 3 a failure of disk or store, 130 an interruption from the keyboard.
+    """
     print_anything()
     options = _parser().parse_args(arguments)
     try:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Ends with what is wrong with the arguments, which is shown as safely as any other text from outside."""
+        """Ends the program with a message about invalid arguments, in which unprintable characters are replaced."""
         super().error(safe(message))
 
 
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settle_places(options: argparse.Namespace) -> None:
-    """Normalises every path and URL among the options. Raises: UserError."""
+    """Converts every path and URL among the options to its normal form. Raises UserError for an invalid path or URL."""
     for name in ("folder", "source", "dest", "url"):
         if hasattr(options, name):
             # Pillow writes samples to local paths only, and Slurm and launchers read local files.
@@ -179,7 +182,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_run(url: str) -> int:
-    """Verifies every checkpoint of a run: reports damage in committed ones, and lists uncommitted folders."""
+    """Verifies every checkpoint of a run: reports damage in committed checkpoints, and lists uncommitted folders."""
     from dist_gan.checkpoint import reader
 
     problems: list[str] = []
@@ -337,7 +340,7 @@ def _show(*lines: object) -> None:
 
 
 def _say(message: str) -> None:
-    """Prints the reason for which a command ended, on standard error."""
+    """Prints the reason for which a command ended, or a note, on standard error."""
     print(report(message), file=sys.stderr)
 
 

@@ -1,8 +1,8 @@
-"""Reader of the JSON and JSONL files that the program writes and later reads again, which may be damaged by then.
+"""Reads and appends to the JSON and JSONL files of the program, which may have been damaged since they were written.
 
 A full disk leaves half a line, a power cut leaves zeros, a user may leave a folder of the same name. An unusable file
-raises `Damaged`, with place and reason in one sentence; unusable lines of a log are skipped and counted. A store that
-does not answer, or a machine without file handles or memory, damages nothing and raises TrainingFailed instead.
+raises `Damaged`, with place and reason in one sentence; unusable lines of a log are skipped and counted. If a store does
+not answer, or the machine has no file handles or memory left, no file is damaged, and TrainingFailed is raised instead.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from dist_gan.storage import errors
 from dist_gan.types import TrainingFailed, UserError
 
 LIMIT = 2**26
-"""Largest size of a JSON file, in bytes; the manifest of 100,000 tensors has a third of it."""
+"""Largest size of a JSON file, in bytes; a manifest of 100,000 tensors has a third of this size."""
 LINE_LIMIT = 2**20
 """Largest length of a line of a log, in bytes."""
 LARGEST = 2**63 - 1
-"""Default upper bound of whole numbers."""
+"""Default upper limit of whole numbers in a file."""
 _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Damaged(UserError):
-    """A file that exists but cannot be used: place and reason in one sentence."""
+    """Error for a file that exists but cannot be used; the message has place and reason in one sentence."""
 
 
 class Record:
-    """A JSON object whose values are read with checks of type and range.
+    """Reads the values of a JSON object, and checks their types and ranges.
 
     Args:
         values: the parsed JSON value.
-        place: file, and position in it, for error sentences.
-        remedy: end of error sentences.
+        place: name of the file, and position in the file, for error sentences.
+        remedy: end of every error sentence, which says what the user can do.
 
     Raises:
         Damaged: `values` is no JSON object.
@@ -61,47 +61,47 @@ class Record:
         return iter(self.values)
 
     def problem(self, key: str, needed: str) -> Damaged:
-        """The error for a value that is not as needed."""
+        """Returns the error for the value of `key`, which is not what is `needed`."""
         found = _shown(self.values[key]) if key in self.values else "missing"
         return Damaged(f"{self.place} is damaged: {self._path}{key} is {found}, not {needed}{self.remedy}")
 
     def whole(self, key: str, *, low: int = 0, high: int = LARGEST) -> int:
-        """A whole number from `low` to `high`."""
+        """Returns the whole number under `key`; raises `Damaged` unless it is from `low` to `high`."""
         value = self.values.get(key)
         if type(value) is not int or not low <= value <= high:
             raise self.problem(key, f"a whole number from {low} {'on' if high == LARGEST else f'to {high}'}")
         return value
 
     def wholes(self, key: str, *, low: int = 0, high: int = LARGEST) -> list[int]:
-        """A list of whole numbers, each from `low` to `high`."""
+        """Returns the list of whole numbers under `key`; raises `Damaged` unless each is from `low` to `high`."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(type(n) is int and low <= n <= high for n in value):
             raise self.problem(key, f"a list of whole numbers from {low} on")
         return value
 
     def number(self, key: str, *, low: float = -math.inf) -> float:
-        """A finite number of at least `low`."""
+        """Returns the number under `key` as a float; raises `Damaged` unless it is finite and at least `low`."""
         value: Any = self.values.get(key)
         if type(value) not in (int, float) or not _finite(value) or value < low:
             raise self.problem(key, "a finite number" + (f" from {low:g} on" if math.isfinite(low) else ""))
         return float(value)
 
     def text(self, key: str, *, longest: int = 4096) -> str:
-        """Text of at most `longest` characters."""
+        """Returns the text under `key`; raises `Damaged` if it has more than `longest` characters or is no text."""
         value: Any = self.values.get(key)
         if not _is_text(value) or len(value) > longest:
             raise self.problem(key, f"text of at most {longest:,} signs")
         return str(value)
 
     def texts(self, key: str, *, longest: int = 4096) -> list[str]:
-        """A list of texts of at most `longest` characters each."""
+        """Returns the list of texts under `key`; raises `Damaged` if one has more than `longest` characters."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(_is_text(text) and len(text) <= longest for text in value):
             raise self.problem(key, f"a list of texts of at most {longest:,} signs")
         return value
 
     def record(self, key: str) -> Record:
-        """A JSON object inside this one."""
+        """Returns the JSON object under `key` as a `Record`; raises `Damaged` if the value is no JSON object."""
         if not isinstance(self.values.get(key), dict):
             raise self.problem(key, "a JSON object")
         inner = Record(self.values[key], place=self.place, remedy=self.remedy)
@@ -110,12 +110,12 @@ class Record:
 
 
 class Lines(NamedTuple):
-    """Contents of a log."""
+    """Contents of a log: the usable lines, and the number of unusable lines."""
 
     records: list[Record]
-    """Lines that are JSON objects, in order."""
+    """Lines of the log that are JSON objects, in their order."""
     odd: int
-    """Number of lines that are not JSON objects."""
+    """Number of lines of the log that are not JSON objects."""
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Lines(NamedTuple):
 
 @contextmanager
 def reading(url: str) -> Iterator[None]:
-    """Context for reading a file or folder; turns errors of disks and stores into the program's exceptions.
+    """Turns errors raised while a file or folder is read inside the `with` block into the program's exceptions.
 
     Raises:
         FileNotFoundError: the file is absent; passed on unchanged.
@@ -154,7 +154,7 @@ def reading(url: str) -> Iterator[None]:
 
 
 def size(url: str) -> int:
-    """Size of a file, in bytes.
+    """Returns the size of a file, in bytes.
 
     Raises:
         FileNotFoundError, Damaged, TrainingFailed, UserError: as in `reading`.
@@ -171,10 +171,10 @@ def size(url: str) -> int:
 
 
 def names_in(url: str, wanted: Collection[str]) -> set[str]:
-    """The subset of `wanted` names that exist in a folder; empty for an absent folder.
+    """Returns which of the `wanted` names exist in a folder; an empty set for an absent folder.
 
     Raises:
-        Damaged, TrainingFailed, UserError: as `reading` has it.
+        Damaged, TrainingFailed, UserError: as in `reading`.
     """
     with reading(url):
         if storage.scheme_of(url) in ("http", "https"):  # web servers may offer no listing of a folder
@@ -183,10 +183,10 @@ def names_in(url: str, wanted: Collection[str]) -> set[str]:
 
 
 def read(url: str, start: int | None = None, end: int | None = None, *, limit: int = LIMIT) -> bytes:
-    """Bytes [start, end) of a file, by default the whole file; at most `limit` bytes.
+    """Reads bytes [start, end) of a file, by default the whole file; refuses to read more than `limit` bytes.
 
     Raises:
-        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as in `reading`.
     """
     found = size(url)
     wanted = found if end is None else min(end, found) - (start or 0)
@@ -197,7 +197,7 @@ def read(url: str, start: int | None = None, end: int | None = None, *, limit: i
 
 
 def parse(data: bytes, *, place: str) -> Any:
-    """The value of a JSON text, in which duplicate keys are errors.
+    """Returns the value of a JSON text; duplicate keys are errors.
 
     Raises:
         Damaged: the text is not JSON; `place` names the file.
@@ -209,10 +209,10 @@ def parse(data: bytes, *, place: str) -> Any:
 
 
 def load(url: str, *, remedy: str = "", limit: int = LIMIT) -> Record:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        FileNotFoundError, Damaged, TrainingFailed, UserError: as `reading` has it.
+        FileNotFoundError, Damaged, TrainingFailed, UserError: as in `reading`.
     """
     place = storage.redact(url)
     return Record(parse(read(url, limit=limit), place=place), place=place, remedy=remedy)
@@ -222,13 +222,16 @@ def load(url: str, *, remedy: str = "", limit: int = LIMIT) -> Record:
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a log with their line ends; a line longer than `LINE_LIMIT` comes in pieces, which count as unusable."""
+    """Yields the lines of a log with their line ends.
+
+    A line longer than `LINE_LIMIT` is yielded in parts, each of which is no JSON object and thus counts as unusable.
+    """
     while line := file.readline(LINE_LIMIT):
         yield line
 
 
 def sound_line(line: bytes, *, place: str) -> Record | None:
-    """The record in a line of a log; None for an unusable line, such as one cut short by a full disk."""
+    """Returns the record in a line of a log; None for an unusable line, such as a line cut short by a full disk."""
     try:
         return Record(parse(line, place=place), place=place)
     except Damaged:
@@ -236,7 +239,7 @@ def sound_line(line: bytes, *, place: str) -> Record | None:
 
 
 def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
-    """All lines of a log; an absent log is empty.
+    """Reads all lines of a log; an absent log has no lines.
 
     Raises:
         Damaged: the log cannot be read, or is larger than `limit` bytes.
@@ -256,10 +259,10 @@ def read_lines(path: Path, *, limit: int = LIMIT) -> Lines:
 
 
 def last_line(url: str) -> Record | None:
-    """The last usable line of a log, searched from its end; None if there is none.
+    """Returns the last usable line of a log, searching from the end; None if no line is usable.
 
     Raises:
-        Damaged, TrainingFailed, UserError: as `reading` has it.
+        Damaged, TrainingFailed, UserError: as in `reading`.
     """
     place = storage.redact(url)
     try:
@@ -272,7 +275,7 @@ def last_line(url: str) -> Record | None:
 
 
 def open_log(path: Path) -> IO[str]:
-    """Opens a log for appending; an incomplete last line is terminated, so that the next line starts afresh.
+    """Opens a log for appending, and ends an incomplete last line, so that the next record begins on a new line.
 
     Raises:
         UserError: the path is not a regular file.
@@ -292,7 +295,7 @@ def open_log(path: Path) -> IO[str]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Appends a line to a log, and waits until it is on the disk.
+    """Appends a record to a log as one line, and waits until the line is on the disk.
 
     Raises:
         UserError: the path is not a regular file.

@@ -1,2 +1,1 @@
-"""The embedded data set: pictures of shapes that the program draws, their shards, and the judge that counts the modes of
-the data set in generated images."""
+"""The embedded data set: pictures of shapes that the program draws, their shards, and the count of modes in samples."""

@@ -1,11 +1,10 @@
-"""Counts the modes of the embedded data set in generated pictures, by fitting a drawing to each picture. No learned
-weights are involved.
+"""Counts the modes of the embedded data set in generated pictures, by fitting a drawing to each picture.
 
-The colour is the one with the smallest residual. Centre, area and shade are computed from moments of the coverage, and
-the angle of each shape from the phase of its third or fourth moment. The shape whose drawing is nearest is refined by
-Gauss-Newton steps. Three residuals are then compared with limits: the root mean square of the whole picture, the largest
-local mean, and the mean over the shape. A picture with a residual above its limit, or with a geometry outside the range
-of real pictures, belongs to no mode.
+No learned weights are used. The colour is the one with the smallest residual. Centre, area and shade are computed from
+moments of the coverage, and the angle of each shape from the phase of its third or fourth moment. The shape whose
+drawing is nearest is refined by Gauss-Newton steps. Three residuals are then compared with limits: the root mean square
+of the whole picture, the largest local mean, and the mean over the shape. A picture with a residual above its limit, or
+with a geometry outside the range of real pictures, belongs to no mode.
 """
 
 from __future__ import annotations
@@ -18,17 +17,28 @@ from numpy.typing import NDArray
 from dist_gan.embedded.shapes import AREA, BACKGROUND, CLASS_NAMES, PALETTE, SHADE, SHAPES, SHIFT, SIDE, TURN, cover
 
 LARGEST_ERROR = 0.05
-"""Largest root mean square difference, over pixels and channels in [0, 1], between a valid picture and its drawing. Real
-pictures stay below 0.006; the drawings of two different shapes differ by 0.06 or more."""
+"""Largest root mean square difference, in [0, 1], between a valid picture and its drawing, over pixels and channels.
+
+Real pictures stay below 0.006; the drawings of two different shapes differ by 0.06 or more.
+"""
 LARGEST_BLEMISH = 0.25
-"""Largest mean difference over any 3 x 3 pixels, in any channel. A bite, a bulge or a stain exceeds it."""
+"""Largest mean difference, in [0, 1], over any 3 x 3 pixels and in any channel, between a valid picture and its
+drawing.
+
+A missing, additional or discoloured spot exceeds this limit.
+"""
 LARGEST_TINT = 0.08
-"""Largest mean difference over the shape, in any channel. A hue between two colours exceeds it."""
+"""Largest mean difference, in [0, 1], over the shape and in any channel, between a valid picture and its drawing.
+
+A hue between two colours exceeds this limit.
+"""
 STEPS = 2
-"""Number of Gauss-Newton steps; after two the median error of real pictures is 0.003."""
+"""Number of Gauss-Newton steps; after two steps the median error of real pictures is 0.003."""
 SLACK = 1.0
-"""Tolerance around the range of real pictures: in pixels for the centre, and in tenths for angle (radians), shade and the
-logarithm of the area."""
+"""Tolerance around the range of real pictures: in pixels for the centre, and in tenths for the other values.
+
+The other values are angle (radians), shade and logarithm of the area.
+"""
 
 Pictures = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -37,7 +47,7 @@ GRID = (np.arange(SIDE) - (SIDE - 1) / 2).astype(np.float32)
 
 
 class Fit(NamedTuple):
-    """The nearest drawing of each of N pictures: mode, geometry as in `shapes.cover`, and residuals."""
+    """Drawing that is nearest to each of N pictures: mode, geometry as in `shapes.cover`, and residuals."""
 
     mode: NDArray[np.int64]
     x: Floats
@@ -54,7 +64,8 @@ class Fit(NamedTuple):
 
 
 def judge(images: Pictures) -> NDArray[np.int64]:
-    """Mode of each picture, int64 N in 0..11, or -1 for a picture of no mode. `images` are uint8, N x 32 x 32 x 3."""
+    """Returns the mode of each picture, int64 of shape (N,): 0 to 11, or -1 for no mode. `images` are uint8, N x 32 x
+    32 x 3."""
     fit = fit_drawing(images)
     valid = (fit.error <= LARGEST_ERROR) & (fit.blemish <= LARGEST_BLEMISH) & (fit.tint <= LARGEST_TINT)
     valid &= np.maximum(np.abs(fit.x), np.abs(fit.y)) <= SHIFT + SLACK
@@ -65,15 +76,16 @@ def judge(images: Pictures) -> NDArray[np.int64]:
 
 
 def mode_report(modes: NDArray[np.int64], *, modes_total: int = len(CLASS_NAMES)) -> dict[str, float | int]:
-    """Number of modes that samples cover, and how evenly they do.
+    """Counts the modes that samples cover, and measures how evenly the samples cover the modes.
 
     Args:
         modes: mode of each sample, or -1, as `judge` returns them.
         modes_total: number of modes of the data set.
 
     Returns:
-        `modes_covered`: modes with at least one sample; `modes_total`; `smallest_share`: the rarest mode's count over
-        the mean count, 1 where all modes are equally frequent; `valid_fraction`: samples that belong to a mode.
+        `modes_covered`: number of modes with at least one sample; `modes_total`: as given; `smallest_share`: count of the
+        rarest mode divided by the mean count, 1 if all modes are equally frequent; `valid_fraction`: fraction of the
+        samples that belong to a mode.
     """
     counts = np.bincount(modes[modes >= 0], minlength=modes_total)
     return {
@@ -85,7 +97,7 @@ def mode_report(modes: NDArray[np.int64], *, modes_total: int = len(CLASS_NAMES)
 
 
 def fit_drawing(images: Pictures) -> Fit:
-    """The nearest drawing to each picture. `images` are uint8, N x 32 x 32 x 3."""
+    """Fits a drawing to each picture. `images` are uint8, N x 32 x 32 x 3."""
     if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
         raise ValueError(
             f"pictures of shape {images.shape} and type {images.dtype}; give uint8, N x {SIDE} x {SIDE} x 3"
@@ -129,7 +141,8 @@ def _fit_some(pictures: Floats) -> Fit:
 
 
 def _colour_of(pictures: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """The best-fitting colour of each picture, N, and its amount (shade times coverage) in each pixel, NHW."""
+    """Returns the best-fitting colour of each picture, N, and the amount (shade times coverage) of the colour per
+    pixel, NHW."""
     ink = pictures - np.float32(BACKGROUND)
     directions = (PALETTE - BACKGROUND).astype(np.float32)
     amounts = [np.clip(ink @ (line / np.square(line).sum()), 0, 2) for line in directions]
@@ -140,7 +153,10 @@ def _colour_of(pictures: Floats) -> tuple[NDArray[np.int64], Floats]:
 
 
 def _moments(amount: Floats) -> tuple[Floats, Floats, Floats]:
-    """Centre and area of the drawn shape. The amounts of a shape of area A and shade s sum to s A, their squares to s^2 A."""
+    """Returns centre (x, y) and area of each drawn shape, in pixels.
+
+    For a shape of area A and shade s, the amounts per pixel sum to s A, and their squares to s^2 A.
+    """
     inked = np.where(amount > 0.15, amount, np.float32(0))
     total = np.maximum(inked.sum(axis=(1, 2)), 1e-3)
     x = inked.sum(axis=1) @ GRID / total
@@ -150,7 +166,10 @@ def _moments(amount: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _angle_of(shape: str, amount: Floats, *, x: Floats, y: Floats) -> Floats:
-    """Angle from upright, N, from the phase of the moment of order 3 or 4, as the shape's symmetry has it; 0 for a ring."""
+    """Returns the angle of each shape from upright, N, in radians; 0 for a ring.
+
+    The angle is computed from the phase of the moment of order 3 or 4, whichever fits the symmetry of the shape.
+    """
     order, upright = {"ring": (0, 0.0), "square": (4, np.pi), "triangle": (3, np.pi / 2), "cross": (4, 0.0)}[shape]
     if order == 0:
         return np.zeros_like(x)
@@ -162,12 +181,12 @@ def _angle_of(shape: str, amount: Floats, *, x: Floats, y: Floats) -> Floats:
 
 
 def _cover(kind_N: NDArray[np.int64], at: Floats) -> Floats:
-    """`shapes.cover` for the geometry `at`: x, y, log area and angle, 4N."""
+    """Computes `shapes.cover` for the geometry `at`: x, y, logarithm of the area, and angle, shape 4N."""
     return cover(kind_N, x=at[0], y=at[1], area=np.exp(at[2]), angle=at[3]).astype(np.float32)
 
 
 def _gauss_newton(amount: Floats, kind_N: NDArray[np.int64], at: Floats) -> Floats:
-    """One Gauss-Newton step of the geometry, 4N, towards the drawing nearest to `amount` by least squares."""
+    """Makes one Gauss-Newton step of the geometry, 4N, towards the drawing nearest to `amount` by least squares."""
     drawn = _cover(kind_N, at)
     shade = (amount * drawn).sum(axis=(1, 2)) / np.maximum(np.square(drawn).sum(axis=(1, 2)), 1e-6)
     steps = np.array([0.5, 0.5, 0.05, 0.05], dtype=np.float32)
@@ -185,7 +204,7 @@ def _gauss_newton(amount: Floats, kind_N: NDArray[np.int64], at: Floats) -> Floa
 
 
 def _largest_mean(left: Floats) -> Floats:
-    """Largest absolute mean of an NHWC array over 3 x 3 pixels, at any position and in any channel, N."""
+    """Returns the largest absolute mean of an NHWC array over 3 x 3 pixels, at any position and in any channel, N."""
     rows = left[:, :-2] + left[:, 1:-1] + left[:, 2:]
     boxes = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
     return np.abs(boxes).max(axis=(1, 2, 3))

@@ -1,7 +1,7 @@
 """Draws the pictures of the embedded data set: 4 shapes in 3 colours at 32x32, hence twelve classes or modes.
 
-Picture number i is a function of (seed, i) alone. Its class is i % 12; position, size, angle and shade
-vary with the number; edges are anti-aliased by a signed distance function.
+Picture number i is a function of (seed, i) alone. The class of the picture is i % 12; position, size, angle and shade
+vary with i. Edges are anti-aliased by a signed distance function.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ SIDE = 32
 SHAPES = ("ring", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue")
 CLASS_NAMES: tuple[str, ...] = tuple(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES)
-"""Class k is shape k % 4 in colour k // 4."""
+"""Name of each class: class k is shape k % 4 in colour k
+
+4.
+"""
 
 PALETTE = np.array([(0.95, 0.22, 0.20), (0.20, 0.85, 0.30), (0.25, 0.42, 1.00)])
 """RGB of each colour at full shade."""
 BACKGROUND = 0.08
 """Grey value of the background, in [0, 1]."""
 SHADE = (0.8, 1.0)
-"""Range of the factor by which the colour is multiplied."""
+"""Range of the factor by which the colour of a shape is multiplied."""
 SHIFT = 1.0
-"""Largest distance of the centre from the middle along each axis, in pixels."""
+"""Largest distance of a shape's centre from the middle of the picture along each axis, in pixels."""
 AREA = (190.0, 240.0)
 """Range of the area of a shape, in pixels, the same for all four shapes."""
 TURN = 0.08
-"""Largest angle from upright, in radians; it has no effect on a ring."""
+"""Largest angle of a shape from upright, in radians; the angle has no effect on a ring."""
 EDGE = 1.5
 """Width of the anti-aliased edge between shape and background, in pixels."""
 
@@ -34,7 +37,7 @@ Floats = NDArray[np.float64]
 
 
 def draw_shapes(count: int, *, seed: int, first: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pictures number `first` to `first + count - 1`, uint8 NHWC, and their classes, int64 N."""
+    """Draws the pictures number `first` to `first + count - 1`; returns them, uint8 NHWC, and their classes, int64 N."""
     index = np.arange(first, first + count, dtype=np.uint64)
     labels = (index % np.uint64(len(CLASS_NAMES))).astype(np.int64)
     unit = [_uniform(index, seed=seed, purpose=purpose) for purpose in range(5)]
@@ -54,12 +57,15 @@ def draw_shapes(count: int, *, seed: int, first: int = 0) -> tuple[NDArray[np.ui
 
 
 def paint(coverage: Floats, colour: Floats) -> Floats:
-    """Pictures of shapes on the background, RGB in [0, 1], NHWC, from the coverage of each pixel, NHW, and the colours, N3."""
+    """Paints shapes on the background: returns pictures, RGB in [0, 1], NHWC.
+
+    `coverage` is the coverage of each pixel, NHW, and `colour` the colour of each shape, N3.
+    """
     return BACKGROUND + coverage[..., None] * (colour[:, None, None, :] - BACKGROUND)
 
 
 def cover(shape: NDArray[np.int64], *, x: Floats, y: Floats, area: Floats, angle: Floats) -> Floats:
-    """Fraction of each pixel that a shape covers, NHW in [0, 1].
+    """Computes the fraction of each pixel that a shape covers, NHW in [0, 1].
 
     Args:
         shape: index into SHAPES, N.
@@ -80,7 +86,7 @@ def cover(shape: NDArray[np.int64], *, x: Floats, y: Floats, area: Floats, angle
 
 
 def _ring(u: Floats, v: Floats, area: Floats) -> Floats:
-    """Signed distance to a disc with a hole of half its radius."""
+    """Computes the signed distance to a ring, a disc with a hole of half the radius of the disc."""
     radius = np.sqrt(area / (0.75 * np.pi))
     return np.abs(np.hypot(u, v) - 0.75 * radius) - 0.25 * radius
 
@@ -90,21 +96,25 @@ def _square(u: Floats, v: Floats, area: Floats) -> Floats:
 
 
 def _triangle(u: Floats, v: Floats, area: Floats) -> Floats:
-    """Signed distance to an equilateral triangle, tip up, with its centre of gravity at the origin."""
+    """Computes the signed distance to an equilateral triangle, tip up, with its centre of gravity at the origin."""
     inner_radius = np.sqrt(area / (3 * np.sqrt(3)))
     slanted = np.abs(u) * (np.sqrt(3) / 2) - v / 2
     return np.maximum(slanted, v) - inner_radius
 
 
 def _cross(u: Floats, v: Floats, area: Floats) -> Floats:
-    """Signed distance to a cross of two bars, each three times as long as wide, which together cover five squares."""
+    """Computes the signed distance to a cross of two bars, each three times as long as wide, which together cover five
+    squares."""
     width = np.sqrt(area / 5)
     u, v = np.abs(u), np.abs(v)
     return np.minimum(np.maximum(u - 1.5 * width, v - 0.5 * width), np.maximum(v - 1.5 * width, u - 0.5 * width))
 
 
 def _uniform(index: NDArray[np.uint64], *, seed: int, purpose: int) -> Floats:
-    """Numbers in [0, 1) as a function of (seed, purpose, index): two rounds of SplitMix64's finaliser (Steele et al. 2014)."""
+    """Returns numbers in [0, 1) as a function of (seed, purpose, index).
+
+    The function applies two rounds of SplitMix64's finaliser (Steele et al. 2014).
+    """
     word = _mix(index + np.uint64((seed * 16 + purpose) * 0x9E3779B97F4A7C15 % 2**64))
     return (_mix(word ^ np.uint64(purpose + 1)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

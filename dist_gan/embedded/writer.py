@@ -1,4 +1,4 @@
-"""Writes the embedded data set as shards: draws the pictures and packs them like any other images."""
+"""Writes the embedded data set as shards: draws the pictures, and packs them like any other images."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""Pictures: files become arrays of one shape, and arrays become PNG files. No other folder imports Pillow or simplejpeg.
+"""Reads picture files as arrays of one layout, and writes arrays as PNG files. No other package imports Pillow or
+simplejpeg.
 
-Rules, the same wherever a picture comes from:
+These rules hold for all pictures, whatever they are read for:
 
-- 8 bits a value, HWC, 1 channel (grey) or 3 (RGB). Grey is what the file stores as grey; palettes become RGB.
+- Arrays are uint8, HWC, with 1 channel (grey) or 3 (RGB). A picture is grey if its file stores grey values; palettes
+  become RGB.
 - An EXIF orientation is applied. Colour profiles are ignored.
 - Transparency is composited on white. CMYK and YCbCr become RGB.
 - 16-bit grey is scaled by 255/65535 and rounded; of 16-bit RGB Pillow keeps the high byte. Floating-point pixels are
-  refused: their range is not known.
-- Of an animation or a multi-picture file the first picture is taken.
-- More than 2**26 pixels are refused before anything is decompressed.
-- Pixels are averaged as stored (no linear light).
+  refused, because their range is not known.
+- The first picture of an animation or of a file with several pictures is taken.
+- Pictures of more than 2**26 pixels are refused before anything is decompressed.
+- Pixels are averaged as stored, without conversion to linear light.
 """
 
 from dist_gan.pictures.decoding import Header, Picture, decode, examine, header

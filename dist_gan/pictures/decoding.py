@@ -1,4 +1,4 @@
-"""Decoding of picture files by the rules of `dist_gan.pictures`."""
+"""Decodes picture files by the rules in the docstring of `dist_gan.pictures`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDE_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class Header(NamedTuple):
-    """Facts in the header of a picture, known before it is decoded."""
+    """Height, width and number of channels in the header of a picture file, known before the picture is decoded."""
 
     height: int
     width: int
@@ -26,24 +26,27 @@ class Header(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A decoded picture."""
+    """Pixels of a decoded picture, and the extension of its file if the file is plain."""
 
     pixels: Pixels
-    """HWC, 1 or 3 channels; may be read-only."""
+    """Pixels, uint8, HWC with 1 or 3 channels; the array may be read-only."""
     extension: str | None
-    """`jpg` or `png` if every decoder gets these pixels from the file, None if one of the rules was needed."""
+    """`jpg` or `png` if every decoder gets these pixels from the file; None if a rule of `dist_gan.pictures` was
+    needed."""
 
 
 def decode(data: bytes | memoryview, *, name: str, out: Pixels | None = None, reduce_to: int | None = None) -> Pixels:
-    """Pixels of a picture file, HWC uint8 with 1 or 3 channels, by the rules of the package; may be read-only.
+    """Decodes a picture file by the rules of `dist_gan.pictures`; returns pixels, uint8, HWC with 1 or 3 channels.
+
+    The returned array may be read-only.
 
     Args:
-        data: the file.
+        data: bytes of the file.
         name: name of the picture, for errors.
         out: buffer for the pixels, HWC; used and returned if the picture has its shape.
         reduce_to: side, in pixels, to which the picture will be reduced. A JPEG of four times that side or more is
-            decoded at the smallest scale in eighths that gives at least twice the side; the result then differs
-            slightly from that of decoding in full size.
+            decoded at the smallest scale in eighths that gives at least twice that side; the pixels then differ
+            slightly from those of decoding in full size.
 
     Raises:
         BadImage: the file is no picture, is cut off, damaged or too large, or no rule covers its kind.
@@ -53,8 +56,9 @@ def decode(data: bytes | memoryview, *, name: str, out: Pixels | None = None, re
 
 
 def examine(data: bytes | memoryview, *, name: str) -> Picture:
-    """Pixels of a picture file as from `decode`, and whether the file is plain: an 8-bit JPEG or PNG, grey or RGB,
-    upright and opaque.
+    """Decodes a picture file as `decode` does, and tests whether the file is plain.
+
+    A plain file is an 8-bit JPEG or PNG, grey or RGB, upright and opaque.
 
     Raises:
         BadImage: as in `decode`.
@@ -78,7 +82,8 @@ def examine(data: bytes | memoryview, *, name: str) -> Picture:
 
 
 def header(file: BinaryIO, *, name: str) -> Header:
-    """Size and channels of a picture from its first bytes; the size is that of the upright picture.
+    """Reads height, width and number of channels of a picture from its first bytes; height and width are of the upright
+    picture.
 
     Raises:
         BadImage: the file is no picture, or is too large.

@@ -1,4 +1,4 @@
-"""EXIF orientation: how a camera held the picture, and the picture turned upright."""
+"""Reads the EXIF orientation of a picture, which says how the camera was held, and turns the picture upright."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import io
 from PIL import Image, ImageOps
 
 SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-"""Names under which Pillow keeps metadata that may hold an orientation."""
+"""Names of the entries of `Image.info` in which Pillow keeps metadata that may hold an orientation."""
 _TAG = 0x0112
 """Number of the orientation among the EXIF tags (Exif 2.32, section 4.6.4)."""
 
 
 def may_be_turned(image: Image.Image) -> bool:
-    """Whether a picture has metadata that may hold an orientation."""
+    """Returns whether a picture has metadata that may hold an orientation."""
     return not image.info.keys().isdisjoint(SOURCES)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8. Raises whatever Pillow raises on damaged metadata."""
+    """Returns the EXIF orientation of a picture, 1 (upright) to 8. Raises whatever Pillow raises on damaged metadata."""
     return int(image.getexif().get(_TAG, 1))
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture with its orientation applied; the same object if it is upright already."""
+    """Turns a picture upright by its EXIF orientation; returns the same object if the picture is upright already."""
     if not may_be_turned(image):
         return image
     try:
@@ -35,7 +35,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def is_turned_jpeg(data: bytes | memoryview) -> bool:
-    """Whether a JPEG with an application segment of kind 1 (EXIF or XMP) may have to be rotated."""
+    """Returns whether a JPEG with an APP1 segment (EXIF or XMP metadata) may have to be rotated."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return may_be_turned(image) and orientation_of(image) != 1

@@ -1,8 +1,8 @@
-"""Fast decoding of plain JPEG files by simplejpeg, in half of Pillow's time and to the same bytes.
+"""Decodes plain JPEG files by simplejpeg, in half of Pillow's time and to the same bytes.
 
-Training decodes a picture for every image that it shows, so this path is optimised at the price of longer code: it
-decodes straight into the batch, and it looks for EXIF without parsing the file. Files that need one of the rules of
-`dist_gan.pictures`, or may be damaged, are left to Pillow.
+Training decodes a picture for every image that it shows, so speed matters more here than short code: pixels are decoded
+straight into the batch, and EXIF metadata is looked for without parsing the file. Files that may be damaged, or that
+need one of the rules of `dist_gan.pictures`, are left to Pillow.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dist_gan.pictures.orientation import is_turned_jpeg
 
 _CHANNELS_OF_JPEG = {"Gray": 1, "YCbCr": 3, "RGB": 3}
 _SEARCHED_BYTES = 4096
-"""Size, in bytes, below which searching a whole file for the marker of EXIF is faster than walking over its segments."""
+"""File size, in bytes, below which searching the whole file for the EXIF marker is faster than walking over its
+segments."""
 
 
 def decode_plain_jpeg(
     data: bytes | memoryview, *, name: str, out: Pixels | None, reduce_to: int | None
 ) -> Pixels | None:
-    """Pixels of a JPEG file as `decode` returns them; None if the file needs one of the rules, or may be damaged.
+    """Decodes a plain JPEG file; returns None if the file may be damaged or needs a rule of `dist_gan.pictures`.
 
     Args:
-        data: the file; any format.
+        data: bytes of a file of any format.
         name: name of the picture, for errors.
         out: buffer for the pixels, HWC; used and returned if the picture has its shape.
         reduce_to: as in `decode`.
@@ -56,10 +57,10 @@ def decode_plain_jpeg(
 
 
 def _has_app1(data: bytes | memoryview) -> bool:
-    """Whether a JPEG may have an APP1 segment, which holds EXIF or XMP and comes before the image data.
+    """Returns whether a JPEG may have an APP1 segment, which holds EXIF or XMP and comes before the image data.
 
-    A small file is searched for the marker FF E1, which may also occur by chance in its image data; such a file is only
-    examined more slowly. In a larger one the segments are walked over, from marker to marker.
+    A small file is searched for the marker FF E1. If the marker occurs by chance in the image data, the file is only
+    decoded more slowly. In a larger file the segments are walked over, from marker to marker.
     """
     if len(data) < _SEARCHED_BYTES:
         file = bytes(data)

@@ -1,4 +1,4 @@
-"""PNG files, and several pictures in a grid."""
+"""Writes PNG files, and arranges several pictures in a grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_gan.pictures.formats import Pixels, as_picture
 
 
 def encode_png(image: Pixels) -> bytes:
-    """The bytes of a PNG file of a picture, HWC uint8 with 1 or 3 channels.
+    """Encodes a picture, HWC uint8 with 1 or 3 channels, as the bytes of a PNG file.
 
     Equal pixels give equal bytes as long as the version of zlib is the same.
     """
@@ -22,7 +22,7 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def grid(images: Pixels, *, columns: int, border: int = 2) -> Pixels:
-    """One picture, HWC, of several, NHWC uint8: row by row, with black between, around, and in unused cells."""
+    """Arranges pictures, NHWC uint8, row by row in one picture, HWC, with black borders and black unused cells."""
     assert images.ndim == 4
     assert columns > 0
     number, height, width, channels = images.shape

@@ -18,22 +18,23 @@ def fit(
     pad: bool = False,
     name: str = "image",
 ) -> Pixels:
-    """A square picture of the given size.
+    """Crops, resizes and converts a picture to a square of the given resolution and number of channels.
 
-    A picture that is not square is cropped around its centre. A larger one is reduced: each new pixel is the exact
-    average of the area under it. A smaller one is enlarged (bicubic) with `upscale`; with `pad` it is centred on black, and
-    only what is longer than `resolution` is cropped. Grey becomes RGB by repeating, RGB becomes grey by ITU-R 601.
+    A picture that is not square is cropped around its centre. A larger picture is reduced: each new pixel is the exact
+    average of the area that it covers. A smaller picture is enlarged by bicubic interpolation with `upscale`; with `pad` it
+    is centred on black, and only sides longer than `resolution` are cropped. Grey becomes RGB by repeating the channel, RGB
+    becomes grey by ITU-R 601.
 
     Args:
-        image: HWC uint8, 1 or 3 channels.
-        resolution: side of the result in pixels.
-        channels: 1 or 3; None keeps what the picture has.
-        upscale: allows enlarging.
-        pad: allows a black border.
-        name: of the picture, for the error.
+        image: pixels, HWC uint8 with 1 or 3 channels.
+        resolution: width and height of the result, in pixels.
+        channels: number of channels of the result, 1 or 3; None keeps the number of the picture.
+        upscale: whether a smaller picture may be enlarged.
+        pad: whether a smaller picture may get a black border.
+        name: name of the picture, for the error.
 
     Raises:
-        BadImage: smaller than `resolution`, and neither `upscale` nor `pad`.
+        BadImage: the picture is smaller than `resolution`, and neither `upscale` nor `pad` is set.
     """
     assert image.ndim == 3
     assert image.dtype == np.uint8
@@ -75,7 +76,10 @@ def _enlarge(image: Pixels, resolution: int) -> Pixels:
 
 
 def _reduce(image: Pixels, resolution: int) -> Pixels:
-    """Area average in integers, so that every machine gets the same bytes: sums over cells, then one rounding."""
+    """Reduces a square picture by averaging the area under each new pixel.
+
+    The averages are computed in integers and rounded once, so that every machine gets the same bytes.
+    """
     side = image.shape[0]
     if side == resolution:
         return image
@@ -85,7 +89,10 @@ def _reduce(image: Pixels, resolution: int) -> Pixels:
 
 
 def _cell_sums(values: NDArray[np.int64], resolution: int, *, axis: int) -> NDArray[np.int64]:
-    """Sums over `resolution` equal cells along an axis, times `resolution`, which makes fractions whole."""
+    """Sums values over `resolution` equal cells along an axis.
+
+    The sums are multiplied by `resolution`, so that pixels divided between two cells contribute whole numbers.
+    """
     side = values.shape[axis]
     whole, rest = np.divmod(np.arange(resolution + 1, dtype=np.int64) * side, resolution)
     moved = np.moveaxis(values, axis, 0)

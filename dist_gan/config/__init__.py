@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the sections when one is first asked for.
+    """Imports the sections of settings when a name of this package is first asked for.
 
-    The parts that sections are assembled from (networks, losses, optimizers) import `config.values`, and with it this
-    package, before there are any sections.
+    The modules that define parts of the sections (networks, losses, optimizers) import `config.values`, and thus this
+    package, before the sections exist.
     """
     import dist_gan.config.sections as sections
 

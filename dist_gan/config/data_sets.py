@@ -1,4 +1,4 @@
-"""Data sets: the class of settings of each kind, with what the rules of a configuration ask of it."""
+"""Settings of each kind of data set, and the facts that the rules of a configuration need about it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class DataSection(Section):
     """Settings of any data set."""
 
     makes: ClassVar[Made]
-    """What a batch holds: images or points."""
+    """Kind of samples in a batch: `images` or `points`."""
     if TYPE_CHECKING:  # each class declares it at its own place in the order of `--help`
         kind: str
 
     @property
     def sources(self) -> dict[str, int]:
-        """Weight of each folder of shards that the user has named."""
+        """Mixing weight of each folder of shards that the user has named, by URL."""
         return {}
 
     @property
     def num_drawn(self) -> int:
-        """Number of images that the program draws itself before it trains; 0 for data that need no drawing."""
+        """Number of images that the program draws itself before it trains; 0 for data sets that need no drawing."""
         return 0
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None if a manifest tells it."""
+        """Number of classes; None if only the manifest of the shards has this number."""
         return None
 
 
@@ -90,7 +90,7 @@ class ShapesData(DataOrder):
 
     @property
     def num_classes(self) -> int:
-        """Number of the shapes in each colour."""
+        """Number of classes: 4 shapes in each of 3 colours."""
         return 12
 
 
@@ -125,7 +125,7 @@ class ShardsData(DataOrder):
 
     @property
     def sources(self) -> dict[str, int]:
-        """Weight of each folder of shards."""
+        """Mixing weight of each folder of shards, by URL."""
         return {self.url: self.weight} | self.mix
 
 
@@ -144,7 +144,7 @@ class PointsData(DataSection):
 
     @property
     def num_classes(self) -> int:
-        """Number of Gaussians; the class of a point is the number of its own."""
+        """Number of Gaussians; the class of a point is the number of the Gaussian that it is drawn from."""
         return self.modes
 
 
@@ -153,4 +153,4 @@ DATA_SETS: dict[str, type[DataSection]] = {
     "shards": ShardsData,
     "points": PointsData,
 }
-"""Every kind of data set by its name, `data.kind`."""
+"""Class of the settings of each kind of data set, by the name of the kind (`data.kind`)."""

@@ -1,4 +1,4 @@
-"""Help text of the configuration: every setting with its default and description."""
+"""Help text of the configuration: every setting with its default and its description."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_gan.config.sections import RunConfig
 
 
 def schema_help() -> str:
-    """Help text: every section and field with its default and docstring."""
+    """Returns the help text: every section and setting with its default and docstring."""
     lines: list[str] = []
     for name in RunConfig.model_fields:
         sections = classes_of(name)

@@ -1,4 +1,4 @@
-"""What the schema says of the sections: which have kinds, which class a kind has, which kind is the default."""
+"""Tells which sections of the settings have several kinds, the class of each kind, and the default kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_gan.config.values import Choice
 
 
 def kinds_of(field: FieldInfo) -> dict[str, Any]:
-    """Classes of the section that a field holds, by kind; empty for a field that holds no choice of sections."""
+    """Returns the class of each kind of section that a field may hold, by kind; empty for a field without kinds."""
     for mark in field.metadata:
         if isinstance(mark, Choice):
             return dict(mark.sections)
@@ -21,7 +21,7 @@ def kinds_of(field: FieldInfo) -> dict[str, Any]:
 
 
 def _tagged(annotation: Any) -> Iterator[tuple[str, Any]]:
-    """Members of a tagged union by tag; none for any other annotation."""
+    """Yields tag and member of a tagged union; nothing for any other annotation."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         tags = [mark.tag for mark in metadata if isinstance(mark, Tag)]
@@ -33,12 +33,12 @@ def _tagged(annotation: Any) -> Iterator[tuple[str, Any]]:
 
 
 def classes_of(name: str) -> tuple[type[BaseModel], ...]:
-    """Classes that the section `name` may have, each once, in the order in which they are listed."""
+    """Returns the classes that the section `name` may have, each once, in the order in which they are listed."""
     field = RunConfig.model_fields[name]
     return tuple(dict.fromkeys(kinds_of(field).values())) or (field.annotation,)  # type: ignore[return-value]
 
 
 def default_kinds() -> dict[str, str]:
-    """The kind of each section that has kinds, where the user names none."""
+    """Returns the default kind of each section that has kinds, by name of the section."""
     defaults = {name: field.get_default() for name, field in RunConfig.model_fields.items()}
     return {name: section.kind for name, section in defaults.items() if hasattr(section, "kind")}

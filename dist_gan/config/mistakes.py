@@ -1,4 +1,4 @@
-"""Validation of a configuration: dictionaries become typed settings, and every mistake becomes a sentence."""
+"""Validates a configuration: converts dictionaries to typed settings, and every mistake to a sentence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dist_gan.wording import shown
 
 
 def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """The configuration, and each mistake with its place; an invalid setting is replaced by its default.
+    """Converts a dictionary to typed settings; returns them, and place and sentence of each mistake.
 
-    With defaults in place of invalid settings, the rules that join fields can be checked in the same report. Every
-    round removes an entry from `raw`, whatever the schema is, so the loop ends.
+    An invalid setting is replaced by its default, so that rules about several settings can be checked in the same
+    report. Every round removes an entry from the dictionary, whatever the schema is, so the loop ends.
 
     Raises:
         ValueError: even a configuration without any entry is not valid: a section has no default, or a wrong one.
@@ -43,7 +43,7 @@ def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
 
 
 def place_of(location: tuple[int | str, ...]) -> list[str]:
-    """The path in the user's file: pydantic's location without the tags of unions."""
+    """Returns the path of a setting in the user's file: pydantic's location without the tags of unions."""
     if not location:
         return ["the file"]
     name, *rest = (str(part) for part in location)
@@ -62,7 +62,7 @@ def place_of(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _drop(raw: dict[str, Any], place: list[str]) -> bool:
-    """Deletes the value at `place`, or the innermost existing section around it; False if neither exists."""
+    """Deletes the value at `place`, or else the innermost existing section around it; returns False if neither exists."""
     for depth in range(len(place), 0, -1):
         here: Any = raw
         for part in place[: depth - 1]:
@@ -111,11 +111,11 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "set runtime.micro_batch to the images that a process forwards at once",
     "mixed_precision": "it is in the launch file, or set runtime.precision",
 }
-"""Advice for keys known from other trainers: the setting to use here instead."""
+"""Advice for setting names known from other trainers, which names the setting to use instead."""
 
 
 def _known_keys(place: list[str]) -> str:
-    """Advice for an unknown key: the keys of its section, and the kinds that have such a key."""
+    """Returns advice for an unknown key: the keys of its section, and the kinds that have such a key."""
     if len(place) > 2:
         return f"a setting that moves has the keys {', '.join(Ramp.model_fields)}"
     if len(place) == 1:

@@ -1,7 +1,7 @@
 """Reads the settings of a run from YAML and dotted overrides, and reports every mistake at once.
 
-A mistake in one field does not hide the others: it is replaced by the default, so that the rules which join fields
-speak in the same report.
+A mistake in one setting does not hide others: the invalid setting is replaced by its default, so that rules about several
+settings can be checked in the same report.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ _RESUMABLE_CHANGES = (
     "runtime",
     "recovery",
 )
-"""Settings that a resumed run may have otherwise than it started with."""
+"""Names of the sections and settings that may change when a run is resumed."""
 MAX_SHOWN = 50
-"""Largest number of mistakes listed in one report."""
+"""Largest number of mistakes that one report lists."""
 
 
 class Reading(NamedTuple):
-    """Result of reading a configuration: valid settings, and all mistakes."""
+    """Result of reading a configuration: the settings, and all mistakes found in them."""
 
     config: RunConfig
-    """Settings read so far; invalid ones hold their defaults."""
+    """Settings of the run; invalid settings hold their defaults."""
     mistakes: list[str]
-    """One sentence per mistake, beginning with the name of the setting."""
+    """Sentences about the mistakes, one per mistake, beginning with the name of the setting."""
     wrong: list[str]
     """Dotted names of the settings that hold their default because the user's value was invalid."""
     source: str
-    """Name of the source for the report: the path of the file, or `defaults`."""
+    """Name of the configuration's source for the report: the path of the file, or `defaults`."""
 
     def is_wrong(self, place: str) -> bool:
-        """True if the setting, or one inside or around it, was invalid and replaced by its default."""
+        """Returns whether a setting, or a setting inside or around it, was invalid and replaced by its default."""
         return any(_overlap(place, other) for other in self.wrong)
 
     def report(self, more: Sequence[str] = ()) -> UserError | None:
-        """One error that reports all mistakes, and `more` that were found elsewhere; None if there are none."""
+        """Returns one error that lists all mistakes, and `more` that were found elsewhere; None if there are none."""
         mistakes = [*self.mistakes, *more]
         if not mistakes:
             return None
@@ -81,15 +81,15 @@ class Reading(NamedTuple):
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
-    """The settings in a YAML file, with `section.key=value` overrides laid over them.
+    """Reads the settings in a YAML file, and applies the overrides `section.key=value` to them.
 
     Args:
-        path: YAML file, or None for the defaults.
-        overrides: dotted assignments; choosing another `kind` replaces its section.
-        world_size: processes of the launch, which the batch has to divide by.
+        path: path of the YAML file, or None for the defaults.
+        overrides: assignments `section.key=value`; another `kind` replaces the whole section.
+        world_size: number of processes of the launch, over which the batch has to divide evenly.
 
     Raises:
-        UserError: one report of all mistakes, a line each with path, value and remedy.
+        UserError: one report of all mistakes, one line per mistake with name, value and remedy.
     """
     reading = read_settings(path, overrides, world_size=world_size)
     report = reading.report()
@@ -99,7 +99,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world
 
 
 def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int = 1) -> Reading:
-    """Settings and mistakes as in `load_config`, without raising, so that the report can be extended."""
+    """Reads settings and mistakes as `load_config` does, but raises no error, so that the report can be extended."""
     raw, mistakes = read_yaml(Path(path)) if path is not None else ({}, [])
     mistakes += apply_overrides(raw, overrides, default_kinds=default_kinds())
     config, invalid = validate(raw)
@@ -112,9 +112,10 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = (), *, wor
 
 
 def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
-    """The local run folder that a configuration names, however wrong the rest of it may be; None if it names none.
+    """Returns the local run folder that a configuration names, even if other settings are invalid; None if it names
+    none.
 
-    The default folder does not count: nothing is written into a folder that the user has not named.
+    The default folder is not returned, because nothing is written into a folder that the user has not named.
     """
     raw, _ = read_yaml(Path(path)) if path is not None else ({}, [])
     apply_overrides(raw, overrides, default_kinds=default_kinds())
@@ -129,25 +130,26 @@ def run_dir_of(path: str | Path | None, overrides: Sequence[str]) -> str | None:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The complete configuration as YAML that `load_config` reads back."""
+    """Returns the complete configuration as YAML text that `load_config` can read."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def config_hash(config: RunConfig) -> str:
-    """Short name of the settings that decide what is learned; those a resumed run may change are left out."""
+    """Returns a hash, 16 hex digits, of the settings that must stay the same when a run is resumed."""
     text = json.dumps(_learning_settings(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_written(text: str, *, place: str, needed: str = "") -> tuple[RunConfig, list[str]]:
-    """Settings written by any version's `to_yaml`, and the names of those unknown to this version.
+    """Reads settings written by `to_yaml` of any version; returns them, and the names of settings unknown to this
+    version.
 
-    A setting that an older version did not have gets its default. So does a setting that this version refuses, if a
-    resumed run may change it or if it lies outside the section `needed`.
+    A setting that an older version did not have gets its default. A setting that this version refuses gets its default, too,
+    if a resumed run may change the setting or if the setting lies outside the section `needed`.
 
     Args:
-        text: YAML.
-        place: name of the source, for the error.
+        text: settings as YAML.
+        place: name of the text's source, for the error.
         needed: the only section whose mistakes are errors; all sections by default.
 
     Raises:
@@ -169,7 +171,7 @@ def read_written(text: str, *, place: str, needed: str = "") -> tuple[RunConfig,
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """Settings that differ although a resumed run has to keep them, as `place: before -> now`."""
+    """Lists the settings that differ although a resumed run has to keep them, as `place: before -> now`."""
     a, b = _learning_settings(before), _learning_settings(now)
     return [f"{k}: {shown(a.get(k))} -> {shown(b.get(k))}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 

@@ -1,7 +1,7 @@
-"""Rules that join settings of several sections, one function a rule.
+"""Rules about settings of several sections that have to fit one another; each rule is one function.
 
-A rule takes the settings and the number of processes of the launch, and says what is wrong: None, one mistake, or one
-for each place.
+A rule takes the settings and the number of processes of the launch. It returns the mistakes: None, one mistake, or one
+mistake for each setting.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dist_gan.wording import redact, scheme_of, shown
 
 
 class Mistake(NamedTuple):
-    """Settings that do not fit one another."""
+    """Mistake in settings that do not fit one another."""
 
     places: tuple[str, ...]
-    """Dotted names of the settings involved: the rule says nothing of a user's settings where one of them is invalid."""
+    """Dotted names of the settings involved; the mistake is not reported if one of them is invalid by itself."""
     text: str
-    """One sentence that begins with the name of the setting to change, and has its value and the remedy."""
+    """Sentence that begins with the name of the setting to change, and has its value and the remedy."""
 
 
 Rule = Callable[[RunConfig, int], Mistake | Iterable[Mistake] | None]
 
 
 def batch_divides_over_processes(config: RunConfig, world_size: int) -> Mistake | None:
-    """Every process has the same share of the batch."""
+    """Requires that the batch divides evenly over the processes."""
     batch = config.run.batch
     if batch % world_size == 0:
         return None
@@ -48,7 +48,7 @@ def batch_divides_over_processes(config: RunConfig, world_size: int) -> Mistake 
 
 
 def share_divides_into_micro_batches(config: RunConfig, world_size: int) -> Mistake | None:
-    """The share of a process is a whole number of micro-batches."""
+    """Requires that each process's share of the batch is a whole number of micro-batches."""
     share, micro = config.run.batch // world_size, config.runtime.micro_batch
     if config.run.batch % world_size or micro is None or share % micro == 0:
         return None
@@ -59,7 +59,7 @@ def share_divides_into_micro_batches(config: RunConfig, world_size: int) -> Mist
 
 
 def networks_make_what_the_data_are(config: RunConfig, world_size: int) -> Mistake | None:
-    """Networks for points go with points, networks for images with images."""
+    """Requires networks for points with points, and networks for images with images."""
     kind = config.networks.kind
     if FAMILIES[kind].makes == config.data.makes:
         return None
@@ -71,7 +71,7 @@ def networks_make_what_the_data_are(config: RunConfig, world_size: int) -> Mista
 
 
 def networks_have_the_size_of_the_shapes(config: RunConfig, world_size: int) -> Mistake | None:
-    """The images that the program draws have one size."""
+    """Requires that the networks have the size and channels of the images that the program draws."""
     networks = config.networks
     if not config.data.num_drawn or not isinstance(networks, PictureNetworks):
         return None
@@ -85,7 +85,7 @@ def networks_have_the_size_of_the_shapes(config: RunConfig, world_size: int) -> 
 
 
 def networks_have_the_classes_of_the_data(config: RunConfig, world_size: int) -> Mistake | None:
-    """Data that the program makes have a known number of classes, which the networks take or leave."""
+    """Requires that the networks have no classes, or as many as the data that the program makes."""
     data, classes = config.data, config.networks.classes
     if (
         data.num_classes is None
@@ -101,7 +101,7 @@ def networks_have_the_classes_of_the_data(config: RunConfig, world_size: int) ->
 
 
 def every_process_has_a_lane(config: RunConfig, world_size: int) -> Mistake | None:
-    """Each lane of the data is read by one process, and each process reads at least one."""
+    """Requires at least one lane (parallel part of the order of images) for each process to read."""
     if not isinstance(config.data, DataOrder) or config.data.lanes >= world_size:
         return None
     return Mistake(
@@ -111,13 +111,13 @@ def every_process_has_a_lane(config: RunConfig, world_size: int) -> Mistake | No
 
 
 def folders_of_shards_can_be_read(config: RunConfig, world_size: int) -> list[Mistake]:
-    """Each folder of shards is at a URL that is allowed."""
+    """Requires that each folder of shards is at a URL that is allowed."""
     urls_of = [("data.url" if index == 0 else "data.mix", url) for index, url in enumerate(config.data.sources)]
     return [Mistake((place,), text) for place, url in urls_of if (text := _refusal(url, place=place)) is not None]
 
 
 def the_mixture_has_each_folder_once(config: RunConfig, world_size: int) -> Mistake | None:
-    """`data.url` is not in `data.mix` as well."""
+    """Requires that the folder `data.url` is not in `data.mix` as well."""
     data = config.data
     if not isinstance(data, ShardsData) or same_folder(data.url) not in map(same_folder, data.mix):
         return None
@@ -125,7 +125,7 @@ def the_mixture_has_each_folder_once(config: RunConfig, world_size: int) -> Mist
 
 
 def patience_ends_before_a_rank_is_missed(config: RunConfig, world_size: int) -> Mistake | None:
-    """A rank that waits for a store is not taken for dead."""
+    """Requires that a rank stops waiting for a store before the other ranks take it for dead."""
     data, limit = config.data, config.runtime.step_timeout_s
     if not isinstance(data, ShardsData) or data.patience_s < limit:
         return None
@@ -139,7 +139,7 @@ def patience_ends_before_a_rank_is_missed(config: RunConfig, world_size: int) ->
 
 
 def the_disk_cache_is_on_a_disk(config: RunConfig, world_size: int) -> Mistake | None:
-    """The cache of a machine is a local folder, whose name holds no secret."""
+    """Requires that the disk cache is a local folder, whose name holds no secret."""
     if not isinstance(config.data, ShardsData) or not config.data.disk_cache:
         return None
     folder = config.data.disk_cache
@@ -153,7 +153,7 @@ def the_disk_cache_is_on_a_disk(config: RunConfig, world_size: int) -> Mistake |
 
 
 def the_run_is_in_a_local_folder(config: RunConfig, world_size: int) -> Mistake | None:
-    """Logs are appended to, which no object store can."""
+    """Requires a local run folder, because logs are appended to, which object stores do not offer."""
     folder = config.run.dir
     if folder and scheme_of(folder) == "file":
         return None
@@ -164,7 +164,7 @@ def the_run_is_in_a_local_folder(config: RunConfig, world_size: int) -> Mistake 
 
 
 def what_the_run_starts_from_can_be_read(config: RunConfig, world_size: int) -> list[Mistake]:
-    """The run's folder, and the checkpoints that it starts from, are at URLs that are allowed."""
+    """Requires that the run's folder, and the checkpoints that it starts from, are at URLs that are allowed."""
     run = config.run
     starts = {
         "run.dir": run.dir if scheme_of(run.dir) == "file" else None,
@@ -180,7 +180,7 @@ def what_the_run_starts_from_can_be_read(config: RunConfig, world_size: int) -> 
 
 
 def checkpoints_go_where_files_can_be_written(config: RunConfig, world_size: int) -> Mistake | None:
-    """An HTTP server takes no files."""
+    """Requires that checkpoints are not written to an HTTP server, which takes no files."""
     url = config.checkpoint.url
     if url is None or scheme_of(url) not in ("http", "https"):
         return None
@@ -191,7 +191,7 @@ def checkpoints_go_where_files_can_be_written(config: RunConfig, world_size: int
 
 
 def the_best_checkpoint_is_that_of_a_logged_scalar(config: RunConfig, world_size: int) -> Mistake | None:
-    """`checkpoint.keep_best` names a scalar that is known when a checkpoint is written."""
+    """Requires that `checkpoint.keep_best` names a scalar that is known when a checkpoint is written."""
     wanted, names = config.checkpoint.keep_best, logged_scalars(config)
     if wanted is None or wanted.removeprefix("-") in names:
         return None
@@ -203,7 +203,7 @@ def the_best_checkpoint_is_that_of_a_logged_scalar(config: RunConfig, world_size
 
 
 def penalties_are_of_each_image(config: RunConfig, world_size: int) -> Mistake | None:
-    """A gradient penalty needs a discriminator that looks at each image alone."""
+    """Requires, for gradient penalties, a discriminator whose logit of an image depends on that image alone."""
     mixture = FAMILIES[config.networks.kind].mixture(config.networks)
     if mixture is None or not _is_penalised(config):
         return None
@@ -216,7 +216,7 @@ def penalties_are_of_each_image(config: RunConfig, world_size: int) -> Mistake |
 
 
 def smoothed_labels_need_targets(config: RunConfig, world_size: int) -> Mistake | None:
-    """Label smoothing has an effect on losses with targets only."""
+    """Requires, for label smoothing, a loss with targets; other losses have no labels to smooth."""
     objective = config.objective
     if not objective.label_smoothing or LOSSES[objective.kind].has_targets:
         return None
@@ -229,7 +229,7 @@ def smoothed_labels_need_targets(config: RunConfig, world_size: int) -> Mistake 
 
 
 def lazy_penalties_need_a_penalty(config: RunConfig, world_size: int) -> Mistake | None:
-    """An interval between penalties has an effect where there is a penalty."""
+    """Requires a gradient penalty if an interval between penalties is set."""
     every = config.objective.penalty_every
     if every == 1 or _is_penalised(config):
         return None
@@ -259,11 +259,11 @@ RULES: tuple[Rule, ...] = (
     smoothed_labels_need_targets,
     lazy_penalties_need_a_penalty,
 )
-"""Every rule, in the order in which mistakes are reported."""
+"""All rules, in the order in which their mistakes are reported."""
 
 
 def cross_field_mistakes(config: RunConfig, world_size: int) -> list[Mistake]:
-    """Mistakes by all rules."""
+    """Applies all rules, and returns the mistakes found."""
     found: list[Mistake] = []
     for rule in RULES:
         answer = rule(config, world_size)
@@ -272,7 +272,8 @@ def cross_field_mistakes(config: RunConfig, world_size: int) -> list[Mistake]:
 
 
 def logged_scalars(config: RunConfig) -> tuple[str, ...]:
-    """Names of the scalars reduced over ranks and logged with a checkpoint: the choices of `checkpoint.keep_best`.
+    """Returns the names of the scalars that `checkpoint.keep_best` may name: those reduced over ranks and logged with a
+    checkpoint.
 
     No checkpoint has timings (`time/...`), which one rank measures, or the modes of the embedded data set
     (`metric/...`), which are counted after the run has ended.
@@ -299,7 +300,7 @@ def logged_scalars(config: RunConfig) -> tuple[str, ...]:
 
 
 def _refusal(url: str, *, place: str) -> str | None:
-    """The sentence by which a URL is refused; None if it is allowed."""
+    """Returns the sentence that says why a URL is not allowed; None if the URL is allowed."""
     try:
         urls.check_url(url, place=place)
     except UserError as error:
@@ -308,7 +309,7 @@ def _refusal(url: str, *, place: str) -> str | None:
 
 
 def _is_penalised(config: RunConfig) -> bool:
-    """True if any gradient penalty has a weight other than 0."""
+    """Returns whether any gradient penalty has a weight other than 0."""
     return any(getattr(config.objective, setting) != 0.0 for setting in PENALTIES)
 
 

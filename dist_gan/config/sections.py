@@ -1,7 +1,7 @@
-"""Every setting of a run, as typed sections with a docstring under each field, which `train.py --help` prints.
+"""Every setting of a run, as typed sections with a docstring under each setting, which `train.py --help` prints.
 
 A component is chosen by its `kind`; there is no inheritance between files, no interpolation and no class path. The
-defaults are a complete run, the embedded one: shapes that the program draws itself.
+defaults are a complete run on the embedded data set, images of shapes that the program draws itself.
 """
 
 from __future__ import annotations

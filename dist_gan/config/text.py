@@ -1,7 +1,7 @@
-"""YAML files and dotted overrides as plain dictionaries, with limits on size, depth and number of values.
+"""Reads YAML files and dotted overrides as plain dictionaries, with limits on size, depth and number of values.
 
-Only text, numbers, booleans, null, mappings and lists are read. Values that YAML 1.1 would read in a surprising way
-(1:30 as ninety, 010 as eight, dates) stay text.
+Only text, numbers, booleans, null, mappings and lists are read. Values that YAML 1.1 converts in a surprising way (1:30
+to ninety, 010 to eight, dates) stay text.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dist_gan.wording import shown, unprintable
 MAX_BYTES = 2**18
 """Largest size of a configuration file, in bytes."""
 MAX_NODES = 20_000
-"""Largest number of values in a configuration file; a value repeated by an alias counts each time."""
+"""Largest number of values in a configuration file; a value that an alias repeats counts each time."""
 MAX_DEPTH = 16
-"""Deepest nesting of sections."""
+"""Largest number of levels of nested sections."""
 
 UNFIT = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
-"""Exceptions that PyYAML raises for text that is not YAML, or that it cannot read."""
+"""Exceptions that PyYAML raises for text that is not YAML, or that PyYAML cannot read."""
 _CORE = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
 _LONGEST_INT = 300
-"""Largest number of digits of a whole number; a longer one stays text, which no setting accepts."""
+"""Largest number of digits of a whole number; a longer number stays text, which no setting accepts."""
 
 
 def _short(tag: str) -> str:
@@ -39,13 +39,13 @@ def _short(tag: str) -> str:
 
 
 def _of_tags(tags: tuple[str, ...]) -> dict[Any, Any]:
-    """Implicit resolvers of YAML for the given tags only, by the first character of a plain scalar."""
+    """Returns YAML's implicit resolvers for the given tags only, by the first character of a plain scalar."""
     known = yaml.SafeLoader.yaml_implicit_resolvers.items()
     return {first: [(tag, known_by) for tag, known_by in found if _short(tag) in tags] for first, found in known}
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML loader for the core types, which refuses duplicate keys."""
+    """Loads YAML safely: only core types, and no duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -53,7 +53,8 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Composes a node. Raises ConstructorError if its values, aliases expanded, are too many or too deep."""
+        """Composes a node of YAML. Raises ConstructorError if its values, with aliases expanded, are too many or too
+        deep."""
         is_alias = self.check_event(yaml.AliasEvent)
         self._level += 1
         self._number += 1
@@ -114,7 +115,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Content of a YAML file as a dictionary, and mistakes that concern the whole file."""
+    """Reads a YAML file as a dictionary; returns it, and mistakes that concern the whole file."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -141,7 +142,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def problem_of(error: Exception) -> str:
-    """Description and position of a YAML error, without the text itself, which may hold part of a secret."""
+    """Returns description and position of a YAML error, without the faulty text, which may hold part of a secret."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -150,7 +151,7 @@ def problem_of(error: Exception) -> str:
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text, with keys as text and aliases expanded to separate sections.
+    """Returns the value of a YAML text, with keys as text, and aliases expanded to separate sections.
 
     Raises:
         yaml.YAMLError, ValueError and the others in `UNFIT`: the text is not YAML, or exceeds a limit.
@@ -161,7 +162,7 @@ def parse(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of a YAML value with keys as text, so that two aliases of one anchor are two separate sections."""
+    """Copies a YAML value with keys as text, so that two aliases of one anchor become two separate sections."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -170,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], *, default_kinds: dict[str, str]) -> list[str]:
-    """Applies dotted assignments to `raw` in place, kinds first; returns the mistakes in them."""
+    """Applies dotted assignments to `raw` in place, those of `kind` first; returns the mistakes in the assignments."""
     mistakes = []
     parsed = []
     for text in overrides:

@@ -1,4 +1,4 @@
-"""Types of settings: numbers with units, paths and URLs, and ramps over the images seen."""
+"""Types of the values of settings: numbers with units, paths and URLs, and ramps over the number of images seen."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**
 
 
 def parse_number(value: Any) -> Any:
-    """`10M`, `128Ki`, `20k` and `1e-3` as numbers; any other value is returned unchanged."""
+    """Converts texts such as `10M`, `128Ki`, `20k` and `1e-3` to numbers; returns any other value unchanged."""
     if not isinstance(value, str):
         return value
     match = _NUMBER.fullmatch(value.strip())
@@ -68,13 +68,14 @@ def _place(value: str) -> str:
 
 
 def same_folder(url: str) -> str:
-    """One text for all spellings of a folder: without a `/` at its end, and without `.` and `..` in a local path."""
+    """Returns one text for all spellings of a folder: without a `/` at its end, and without `.` and `..` in a local
+    path."""
     found = normal(url)
     return posixpath.normpath(found) if scheme_of(found) == "file" else found.rstrip("/")
 
 
 def each_folder_once(value: Any) -> Any:
-    """Validates the folders of a mixture: raises ValueError if two spellings name the same folder."""
+    """Validates the folders of a mixture; raises ValueError if two spellings name the same folder."""
     if isinstance(value, Mapping):
         folders = [same_folder(key) for key in value if isinstance(key, str)]
         if len(set(folders)) < len(folders):
@@ -83,13 +84,13 @@ def each_folder_once(value: Any) -> Any:
 
 
 MANY = 10**15
-"""Upper limit of settings that are only counted, such as images; settings that cost memory have lower limits."""
+"""Upper limit of settings that are mere counts, such as images; settings that cost memory have lower limits."""
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[Whole, Field(le=MANY)]
-"""A whole number of at most `MANY`; fields for which memory is allocated set a lower limit."""
+"""Whole number of at most `MANY`; settings for which memory is allocated have lower limits."""
 PlaceOrNone = Annotated[str, AfterValidator(_place)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
-"""A URL, or a local path: `~` is expanded, and `file://` removed."""
+"""Non-empty URL or local path; `~` is expanded, and `file://` removed."""
 Real = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
@@ -103,8 +104,8 @@ class Choice:
     """Annotation of a field that holds a section of one of several classes, chosen by its `kind`.
 
     Args:
-        sections: class of the section for each kind, in the order in which they are listed.
-        default: the kind of a section that names none.
+        sections: class of the section for each kind, in the order in which the kinds are listed.
+        default: kind of a section that names no kind.
     """
 
     def __init__(self, sections: Mapping[str, type[BaseModel]], *, default: str) -> None:
@@ -112,13 +113,13 @@ class Choice:
         self.default = default
 
     def kind_of(self, value: Any) -> str:
-        """The kind that a section names, whether it is a mapping or an instance; the default if it names none."""
+        """Returns the kind that a section, a mapping or an instance, names; the default kind if the section names none."""
         if isinstance(value, Mapping):
             return str(value.get("kind", self.default))
         return str(getattr(value, "kind", self.default))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        """Called by pydantic: a union of the sections, tagged by kind."""
+        """Returns, for pydantic, the schema of a union of the sections, tagged by kind."""
         tagged = tuple(Annotated[section, Tag(kind)] for kind, section in self.sections.items())
         return handler.generate_schema(Annotated[reduce(or_, tagged), Discriminator(self.kind_of)])
 
@@ -149,7 +150,7 @@ def _number_or_ramp(value: Any) -> str:
 
 
 def _within(low: float, below: float) -> AfterValidator:
-    """Validator that refuses a number, or either end of a ramp, outside [low, below)."""
+    """Returns a validator that refuses a number, or either end of a ramp, outside [low, below)."""
 
     def check(value: Any) -> Any:
         for number in (value.start, value.end) if isinstance(value, Ramp) else (value,):
@@ -163,6 +164,6 @@ def _within(low: float, below: float) -> AfterValidator:
 
 _NumberOrRamp = Annotated[Annotated[Real, Tag("number")] | Annotated[Ramp, Tag("ramp")], Discriminator(_number_or_ramp)]
 Knob = Annotated[_NumberOrRamp, _within(0, math.inf)]
-"""A number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` between such numbers."""
+"""Number of 0 or more, or a ramp `{start: 2e-3, end: 0, images: 300k, shape: linear}` between such numbers."""
 Decay = Annotated[_NumberOrRamp, _within(0, 1)]
-"""A number from 0 to below 1, or a ramp between such numbers."""
+"""Number from 0 to below 1, or a ramp between such numbers."""

@@ -1,8 +1,8 @@
-"""Access to files by URL, on local disks and in object stores: one vocabulary of functions, and the only user of fsspec.
+"""Access to files by URL, on local disks and in object stores, by the same functions for both.
 
-A plain path is a URL of the scheme `file`. `client` makes the clients of stores and retries requests, `reading` and
-`writing` hold the functions on files and folders, `local` the atomic writes to disks, `errors` the sentences about
-failures, and `patience` the time limit of retries.
+A plain path counts as a URL of the scheme `file`. Only this package uses fsspec. `client` makes the clients of stores
+and retries requests, `reading` and `writing` hold the functions on files and folders, `local` writes atomically to
+disks, `errors` makes sentences about failures, and `patience` limits the time of retries.
 """
 
 from __future__ import annotations

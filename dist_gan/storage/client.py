@@ -1,7 +1,7 @@
 """Clients of stores, made from URLs by fsspec, and requests that are retried while a store does not answer.
 
-The module `urls` refuses schemes that are not allowed before a client is created: fsspec has schemes that run commands
-or read other machines.
+Before a client is created, the module `urls` refuses all schemes that are not on its list, since fsspec has schemes that
+run commands or read from other machines.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dist_gan.wording import redact, scheme_of
 
 Result = TypeVar("Result")
 CONNECTIONS = 32
-"""Number of connections to one store; botocore's default of ten allows only 200 requests a second at 50 ms each."""
+"""Number of connections to one store; botocore's default, ten, allows 200 requests a second if each takes 50 ms."""
 _CLIENT_OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
             "max_pool_connections": CONNECTIONS,
-            # One try a request: asking again, and for how long, is for Patience to decide and to count.
+            # One attempt a request, since `Patience` makes and counts the retries.
             "retries": {"total_max_attempts": 1},
             "connect_timeout": 10,
             "read_timeout": 30,
@@ -37,11 +37,16 @@ _PACKAGES = {
     "s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "azure"), "abfs": ("adlfs", "azure"),
     "http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "hf": ("huggingface_hub", "hf"),
 }  # fmt: skip
-"""Package that each scheme needs, and the extra of this project that installs it."""
+"""Package that each URL scheme needs, and the extra of this project (as in `pip install .[s3]`) that installs it."""
 
 
 def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of an allowed URL, and the path there."""
+    """Connects to the store or disk of a URL; returns fsspec's file system, and the path of the URL in it.
+
+    Raises:
+        UserError: the scheme is not allowed, its package is not installed, or the store refuses access.
+        TrainingFailed: the client cannot be created for another reason.
+    """
     check_url(url, place="url")
     local = local_path(url)
     if local is not None:
@@ -64,13 +69,15 @@ def connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def asked(
     url: str, doing: str, operation: Callable[[], Result], patience: Patience | None = None, *, about: str = ""
 ) -> Result:
-    """The result of an operation on a store, which is retried while the store does not answer. Disks are not retried.
+    """Runs an operation on a store, again and again while the store does not answer; returns the operation's result.
+
+    An operation on a local disk runs once.
 
     Args:
         url: URL of the file or folder.
         doing: name of the operation in one word (read, list, write, remove).
-        operation: called to do the work.
-        patience: time limit shared with other operations; a new one by default.
+        operation: function that does the work.
+        patience: time limit, which may be shared with other operations; a new `Patience` by default.
         about: text that follows the URL in error sentences.
 
     Raises:

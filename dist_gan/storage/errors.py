@@ -1,7 +1,7 @@
-"""Failures of object stores: which are worth a retry, and error sentences for the others.
+"""Failures of object stores: decision whether a request is retried, and sentences for the user about the other failures.
 
-Exceptions of the stores' clients are recognised by their names only, since a client need not be installed. Messages of
-clients are never repeated: they may hold a secret.
+Exceptions of the stores' clients are recognised by their names, since a client need not be installed. The messages of
+these exceptions are never shown, since they may contain a secret.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_CREDENTIALS = (
     "ProfileNotFound", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError", "RefreshError",
     "ClientAuthenticationError", "LocalTokenNotFoundError", "ConfigParseError", "InvalidConfigError", "GatedRepoError",
 )  # fmt: skip
-"""Exceptions for unusable credentials, besides those with `Credential` in their names (botocore, google.auth)."""
+"""Names of exceptions for unusable credentials, besides names that contain `Credential` (botocore, google.auth)."""
 _REFUSED_CODES = (
     "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException", "Forbidden",
     "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity", "InvalidToken", "NotSignedUp",
@@ -40,16 +40,16 @@ _CHAIN = 12
 
 
 class Silent(ConnectionError):
-    """A store has not answered within the time limit."""
+    """Raised when a store has not answered within the time limit of the retries."""
 
 
 def failure(error: Exception, place: str, *, later: str = _LATER) -> UserError | TrainingFailed:
-    """The exception for an operation that has finally failed: UserError if the store refuses, TrainingFailed otherwise.
+    """Returns the exception to raise for a failed operation: UserError if the store refuses, TrainingFailed otherwise.
 
     Args:
         error: exception of the store's client.
-        place: description of the operation, the beginning of the sentence.
-        later: remedy for a store that did not answer.
+        place: description of the operation, with which the error sentence begins.
+        later: remedy, with which the sentence about a store that did not answer ends.
     """
     if isinstance(error, UserError | TrainingFailed):
         return error
@@ -68,9 +68,9 @@ def failure(error: Exception, place: str, *, later: str = _LATER) -> UserError |
 
 
 def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
-    """True if the same request may succeed later: no answer, a broken connection, an overloaded server.
+    """Returns True if the same request may succeed later: no answer, a broken connection, an overloaded server.
 
-    At most `depth` chained causes are examined, since they may form a cycle.
+    At most `depth` chained causes of the exception are examined, since the causes may form a cycle.
     """
     if not depth:
         return False
@@ -104,17 +104,17 @@ def is_transient(error: BaseException, *, depth: int = _CHAIN) -> bool:
 
 
 def is_unresolved(error: BaseException) -> bool:
-    """True if the store's host name cannot be resolved; a name that never was resolved is a mistake of the user."""
+    """Returns True if the host name of the store cannot be resolved."""
     return any(isinstance(e, socket.gaierror) for e in _chain(error))
 
 
 def is_unconnected(error: BaseException) -> bool:
-    """True if no connection was made (refused, timed out, name not resolved), which seldom passes within a second."""
+    """Returns True if no connection to the store was made: refused, timed out, or host name not resolved."""
     return is_unresolved(error) or any(isinstance(e, ConnectionRefusedError | TimeoutError) for e in _chain(error))
 
 
 def reason(error: BaseException) -> str:
-    """Short description of a failure, to be put in parentheses."""
+    """Returns a short description of a failed request, for parentheses in a sentence."""
     if is_unresolved(error):
         return f"the name of {_host(error) or 'its machine'} cannot be resolved"
     if any(isinstance(e, ConnectionRefusedError) for e in _chain(error)):
@@ -128,7 +128,7 @@ def reason(error: BaseException) -> str:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Reason for which a store refuses a request, with a remedy; None for temporary failures and absent files."""
+    """Returns the reason why a store refuses a request, with a remedy; None for temporary failures and absent files."""
     if is_unresolved(error):
         return (
             f"the name of {_host(error) or 'the store'} cannot be resolved; check the endpoint (AWS_ENDPOINT_URL for s3), "
@@ -178,7 +178,7 @@ def _access(detail: str | None) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, then its chained causes."""
+    """Yields an exception, then its chained causes."""
     found: BaseException | None = error
     for _ in range(_CHAIN):
         if found is None:
@@ -209,7 +209,7 @@ def _answer(error: BaseException) -> dict[str, object]:
 
 
 def _code(error: BaseException) -> str | None:
-    """Error code in a response of S3, or of a client with the same convention; a single word, or None."""
+    """Returns the error code, a single word, in a response of S3 or of a client with the same convention; else None."""
     said = _answer(error).get("Error")
     code = said.get("Code") if isinstance(said, dict) else getattr(error, "error_code", None)
     return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else None
@@ -225,7 +225,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _region(error: BaseException) -> str:
-    """Phrase that names the bucket's region, if the response contains it."""
+    """Returns a phrase about the bucket's region, with the name of the region if the response contains it."""
     for found in _chain(error):
         answer = _answer(found)
         said, facts = answer.get("Error"), answer.get("ResponseMetadata")
@@ -240,7 +240,7 @@ def _region(error: BaseException) -> str:
 
 
 def _host(error: BaseException) -> str | None:
-    """Host and port of the request, without the other parts of its URL; None if unknown."""
+    """Returns the host and port of a failed request, without the other parts of its URL; None if they are unknown."""
     for found in _chain(error):
         host, port = getattr(found, "host", None), getattr(found, "port", None)
         if isinstance(host, str) and re.fullmatch(r"[\w.:-]{1,253}", host):

@@ -1,4 +1,4 @@
-"""A folder in an object store, for code that reads or writes many files of it with one time limit."""
+"""Folder in an object store, for code that reads or writes many files there under one time limit for retries."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _TRIES = 3
 
 
 class StoreFolder:
-    """A folder in a store that is not this machine's disk, for any number of threads.
+    """A folder in an object store, not on a local disk; any number of threads may use it.
 
-    Names of its files may hold characters that a URL may not, such as `?`. All requests share one `Patience`. A request
-    that fails for good raises one sentence: TrainingFailed if the store does not answer, UserError if it refuses access.
+    Names of files may contain characters that a URL may not, such as `?`. All requests share one `Patience` (time limit
+    of retries). A request that still fails after its retries raises TrainingFailed if the store does not answer, and
+    UserError if the store refuses access.
 
     Args:
         url: URL of the folder; the folder need not exist.
@@ -29,15 +30,23 @@ class StoreFolder:
         self._patience = Patience()
 
     def files(self) -> list[FoundFile]:
-        """All files at any depth, sorted; an absent folder is empty."""
+        """Returns all files of the folder at any depth, sorted by name; an absent folder counts as empty."""
         return reading.list_files(self.url, patience=self._patience)
 
     def names(self) -> dict[str, int | None]:
-        """Direct entries of the folder: size of a file in bytes, None for a folder; an absent folder is empty."""
+        """Returns the direct entries of the folder by name: size of a file in bytes, None for a folder.
+
+        An absent folder counts as empty.
+        """
         return reading.entries(self.url, patience=self._patience)
 
     def read(self, name: str, *, size: int, limit: int | None = None) -> bytes:
-        """All bytes of a file whose size a listing gave, or the first `limit`, by one request.
+        """Returns the bytes of a file, or its first `limit` bytes, by one request.
+
+        Args:
+            name: path of the file inside the folder.
+            size: size of the file in bytes, as a listing gave it.
+            limit: largest number of bytes to read; None for the whole file.
 
         Raises:
             FileNotFoundError: the file is absent.
@@ -47,7 +56,7 @@ class StoreFolder:
         wanted = size if limit is None else min(size, limit)
         if not wanted:
             return b""
-        # One byte more than there should be shows that the file has grown.
+        # A request for one byte more than the listed size shows whether the file has grown.
         end = wanted + 1 if wanted == size else wanted
         for _ in range(_TRIES):
             data = reading.read_in(self.url, name, 0, end, patience=self._patience)
@@ -63,5 +72,5 @@ class StoreFolder:
         writing.upload(file, self.url, name, patience=self._patience)
 
     def remove(self, name: str) -> None:
-        """Removes a file; an absent file is no error."""
+        """Removes a file of the folder; an absent file is no error."""
         writing.remove_in(self.url, name, patience=self._patience)

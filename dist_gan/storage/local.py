@@ -1,4 +1,4 @@
-"""Files on local disks: atomic writes that survive a power cut, and the reason of a failure in words."""
+"""Files on local disks: atomic writes that survive a power cut, and descriptions of failed operations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from io import FileIO
 from pathlib import Path
 
 _WRITTEN_AT_ONCE = 2**25
-"""Bytes of a local file that are in the page cache at a time while it is being written."""
+"""Largest number of bytes of a local file that are in the page cache while the file is being written."""
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file under a temporary name, and renames it once it is on the disk. Raises OSError."""
+    """Writes a file under a temporary name, and renames the file once it is on the disk. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb", buffering=0) as file:
@@ -26,9 +26,10 @@ def publish(path: Path, data: bytes | memoryview) -> None:
 
 
 def _write_through(file: FileIO, data: memoryview) -> None:
-    """Writes to the disk in parts and lets the page cache forget each: what is written once must not push out images.
+    """Writes data to a file in parts, and removes each part from the page cache once it is on the disk.
 
-    It is faster, too, where memory that was not used before has to be found for all of a large file.
+    The data are not read again soon, and would push images out of the page cache. Writing in parts is also faster, since
+    the system need not find unused memory for the whole of a large file.
     """
     at = 0
     while at < len(data):
@@ -55,7 +56,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a local folder survive a power cut."""
+    """Flushes a local folder to the disk, so that renames in the folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -64,7 +65,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def why(error: OSError, *, reading: bool = False) -> str:
-    """A failed file operation in the words of a person, with a remedy where there is one."""
+    """Returns a plain description of a failed file operation, with a remedy if there is one.
+
+    Args:
+        error: the failure.
+        reading: True if the operation read a file, False if it wrote one.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or choose another folder, then start the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -77,11 +83,11 @@ def why(error: OSError, *, reading: bool = False) -> str:
 
 
 def will_read(path: Path, start: int, end: int) -> None:
-    """Tells the kernel which bytes of a local file are going to be read, so that they are there by then."""
+    """Asks the kernel to read bytes [start, end) of a local file ahead of their use; errors are ignored."""
     if not hasattr(os, "posix_fadvise"):
         return
     try:
         with open(path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
     except OSError:
-        return  # whoever reads them will say what is wrong
+        return  # the later read of the same bytes reports the error

@@ -1,4 +1,4 @@
-"""Retries for a store that does not answer: time limit, intervals, and the message on stderr."""
+"""Retries of requests to a store that does not answer: time limit, intervals, and a message on standard error."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dist_gan.storage.errors import Silent, is_transient, is_unconnected, is_unr
 from dist_gan.wording import safe
 
 PATIENCE_S = 120.0
-"""Default time limit, in seconds, for a store that does not answer; below the timeout of every collective."""
+"""Default time limit, in seconds, for retries of a request; shorter than the time limit of every collective."""
 _SAID_AGAIN_S = 60.0
-"""Shortest interval, in seconds, between messages about a store that fails repeatedly."""
+"""Shortest interval, in seconds, between two messages about a store that fails repeatedly."""
 
 
 class Patience:
-    """Time limit for a store that does not answer, with a count of the retries.
+    """Time limit for retries of requests to a store that does not answer, with a count of the retries.
 
-    Waiting is announced on stderr with its reason, once for all operations that share one `Patience`.
+    A message on standard error says why an operation waits; operations that share one `Patience` share this message.
 
     Args:
         seconds: time limit of one operation, counted from its first failure; `PATIENCE_S` by default.
-        met: True if the store has answered before. An unresolved host name is then retried; otherwise the name is
-            taken to be wrong, and the operation fails at once.
+        met: True if the store has answered before. An operation is then retried even if the host name cannot be
+            resolved; otherwise the name counts as wrong, and the operation fails at once.
     """
 
     def __init__(self, seconds: float | None = None, *, met: bool = False) -> None:
@@ -37,16 +37,24 @@ class Patience:
         self._lock = Lock()
 
     def stop_retrying(self) -> None:
-        """Ends all waiting; operations that fail from now on are not retried."""
+        """Ends the waiting of all operations; operations that fail from now on are not retried."""
         self._over.set()
 
     def wait(self, number: int, since: float, error: Exception, *, place: str) -> None:
-        """Sleeps before try `number` + 1 of an operation that failed first at `since`, or raises its error.
+        """Waits before the next attempt of an operation that has failed, or raises an error if there is to be no attempt.
 
-        `place` is the beginning of the message on stderr.
+        The longest wait doubles from half a second up to ten seconds. Each wait is a random time between half of the
+        longest and the longest, so that many ranks do not retry at the same moment.
 
-        Waits grow from half a second to ten seconds, each drawn at random between half and the whole, so that many
-        ranks do not retry at the same moment.
+        Args:
+            number: number of retries made before this failure.
+            since: time of the operation's first failure, a value of `time.monotonic`.
+            error: the failure.
+            place: description of the operation, with which the message on standard error begins.
+
+        Raises:
+            Silent: the time limit is reached.
+            Exception: `error` itself, if a retry cannot help or retries have been stopped.
         """
         longest = min(10.0, 0.5 * 2**number)
         if not is_transient(error) or (is_unresolved(error) and not self.met):

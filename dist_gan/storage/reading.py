@@ -1,4 +1,4 @@
-"""Reading of files and folders by URL, on disks and in stores."""
+"""Functions that read files and list folders by URL, on disks and in object stores."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from dist_gan.urls import join, local_path
 from dist_gan.wording import redact, scheme_of
 
 PART_BYTES = 2**23
-"""Size of one request, in bytes; a broken request repeats at most this much."""
+"""Largest number of bytes of one request; at most this many bytes are read again after a broken connection."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "oid")
-"""Keys under which listings of stores give a value that changes with a file's content."""
+"""Keys of a store's listing whose value changes when the content of the file changes; the first one found is used."""
 
 
 class FoundFile(NamedTuple):
-    """A file of a listing."""
+    """A file in the listing of a folder."""
 
     name: str
-    """Path inside the folder, with `/`."""
+    """Path of the file inside the folder, with `/` between its parts."""
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
     version: str
-    """Value that changes with the content, where the store has one; else empty."""
+    """Text that changes when the file's content changes; empty if the store offers none."""
 
 
 def exists(url: str) -> bool:
-    """True if a file or folder exists. Raises the errors of `asked`."""
+    """Returns True if a file or folder exists. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
     if local_path(url) is not None:
         return bool(filesystem.exists(path))
@@ -48,13 +48,17 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Size of a file, in bytes. Raises the errors of `asked`."""
+    """Returns the size of a file in bytes. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
     return int(asked(url, "read", lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """Names of files and folders in a folder, sorted; an absent folder is empty. Raises the errors of `asked`."""
+    """Returns the names of files and folders in a folder, sorted; an absent folder counts as empty.
+
+    Raises:
+        OSError, UserError, TrainingFailed: as in `client.asked`.
+    """
     filesystem, path = connect(url)
     filesystem.invalidate_cache()
     try:
@@ -65,10 +69,10 @@ def list_names(url: str) -> list[str]:
 
 
 def open_read(url: str) -> BinaryIO:
-    """Opens a file for reading, with seek and tell; reads from a store are retried.
+    """Opens a file for reading, with `seek` and `tell`; reads from a store are retried.
 
     Raises:
-        OSError, FileNotFoundError, UserError, TrainingFailed: as in `asked`, here and while reading.
+        OSError, FileNotFoundError, UserError, TrainingFailed: as in `client.asked`; reads raise the same errors.
     """
     local = local_path(url)
     if local is not None:
@@ -77,10 +81,12 @@ def open_read(url: str) -> BinaryIO:
 
 
 def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
-    """Size of each named file in a folder, in bytes, None for an absent file; by one listing if the store has listings.
+    """Returns the size in bytes of each named file in a folder, by name; None for an absent file.
+
+    One listing of the folder gives all sizes; only HTTP servers, which offer no listings, are asked for each file.
 
     Raises:
-        OSError, UserError, TrainingFailed: as in `asked`.
+        OSError, UserError, TrainingFailed: as in `client.asked`.
     """
     if scheme_of(url) in ("http", "https"):
         return {name: _size_or_none(join(url, name)) for name in names}
@@ -97,12 +103,12 @@ def sizes(url: str, names: Iterable[str]) -> dict[str, int | None]:
 
 
 def list_files(url: str, *, patience: Patience | None = None) -> list[FoundFile]:
-    """All files in a folder of a store at any depth, sorted, by one listing; an absent folder is empty.
+    """Returns all files in a folder of a store at any depth, sorted by name; an absent folder counts as empty.
 
-    The objects without bytes that stand for folders in some stores are no files.
+    All files come from one listing. Some stores keep an empty object for each folder; such objects are left out.
 
     Raises:
-        UserError, TrainingFailed: as in `asked`.
+        UserError, TrainingFailed: as in `client.asked`.
     """
     filesystem, path = connect(url)
     found = _listed(url, filesystem, lambda: filesystem.find(path, detail=True).values(), patience)
@@ -111,10 +117,12 @@ def list_files(url: str, *, patience: Patience | None = None) -> list[FoundFile]
 
 
 def entries(url: str, *, patience: Patience | None = None) -> dict[str, int | None]:
-    """Direct entries of a folder of a store: size of a file in bytes, None for a folder; an absent folder is empty.
+    """Returns the direct entries of a folder of a store by name: size of a file in bytes, None for a folder.
+
+    An absent folder counts as empty.
 
     Raises:
-        UserError, TrainingFailed: as in `asked`.
+        UserError, TrainingFailed: as in `client.asked`.
     """
     filesystem, path = connect(url)
     found = _listed(url, filesystem, lambda: filesystem.ls(path, detail=True), patience)
@@ -135,14 +143,14 @@ def _listed(
         except (FileNotFoundError, NotADirectoryError):
             return []
         finally:
-            # fsspec keeps what it has listed, which for a million files is a gigabyte.
+            # fsspec keeps each listing in memory, which for a million files takes a gigabyte.
             filesystem.invalidate_cache()
 
     return asked(url, "list", listed, patience)
 
 
 def _inside(url: str, path: str, info: dict[str, Any]) -> str:
-    """Path of a listed file inside the folder that was listed."""
+    """Returns the path of a listed file inside the folder that was listed."""
     name, above = str(info["name"]).lstrip("/"), path.strip("/")
     if not name.startswith(above):
         raise TrainingFailed(f"cannot list {url}: the store gave {name!r}, which does not lie in it")
@@ -154,7 +162,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def is_inside(url: str, folder: str) -> bool:
-    """True if a URL of a store is that of a folder there or lies below it."""
+    """Returns True if a URL in a store names the folder `folder` itself, or something inside that folder."""
     if local_path(url) is not None or local_path(folder) is not None:
         return False
     (filesystem, path), (other, above) = connect(url), connect(folder)
@@ -170,16 +178,18 @@ def _size_or_none(url: str) -> int | None:
 
 
 def read(url: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Bytes [start, end) of a file, by default the whole file. Raises the errors of `asked`."""
+    """Returns bytes [start, end) of a file, by default the whole file. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
     return bytes(asked(url, "read", lambda: filesystem.cat_file(path, start=start, end=end)))
 
 
 def read_in(url: str, name: str, start: int, end: int, *, patience: Patience | None = None) -> bytes:
-    """Bytes [start, end) of the file `name` in a folder of a store; the name may hold characters that no URL may.
+    """Returns bytes [start, end) of the file `name` in a folder of a store.
+
+    The name may contain characters that a URL may not, such as `?`.
 
     Raises:
-        FileNotFoundError, UserError, TrainingFailed: as in `asked`.
+        FileNotFoundError, UserError, TrainingFailed: as in `client.asked`.
     """
     filesystem, path = connect(url)
     file = f"{path.rstrip('/')}/{name}"
@@ -187,13 +197,14 @@ def read_in(url: str, name: str, start: int, end: int, *, patience: Patience | N
 
 
 def read_range(url: str, start: int, end: int, *, patience: Patience) -> bytes:
-    """Bytes [start, end) of a file, in parts; fewer only if the file really ends before.
+    """Returns bytes [start, end) of a file, read in parts; fewer bytes only if the file ends before `end`.
 
-    What has arrived is kept: a part that failed, or came short though the file is long enough, is asked for again from
-    where it broke off.
+    If a request fails, or returns fewer bytes than the file has there, the next request begins after the bytes that have
+    arrived.
 
     Raises:
-        OSError and what the store's client raises: it has no such file, refuses, or has been silent for too long.
+        OSError, or an error of the store's client: the file is absent, access is refused, or the store has not answered
+            within the time limit of `patience`.
     """
     local = local_path(url)
     if local is not None:

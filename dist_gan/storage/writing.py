@@ -1,4 +1,4 @@
-"""Writing and removal of files by URL, on disks and in stores."""
+"""Functions that write and remove files by URL, on disks and in object stores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dist_gan.urls import check_url, join, local_path
 from dist_gan.wording import redact, scheme_of
 
 PART_BYTES = 2**24
-"""Bytes of one part of a large upload."""
+"""Size, in bytes, of each part of a large upload."""
 _UPLOAD_OPTIONS: dict[str, dict[str, int]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": 2}}
-"""Options of the clients; s3fs would hold up to ten parts of 50 MiB of a file that it uploads."""
+"""Options of the stores' clients for uploads, by scheme; s3fs's defaults hold ten parts of 50 MiB in memory."""
 
 
 def make_folder(url: str) -> None:
-    """Makes a folder and its parents; object stores have none and do nothing."""
+    """Creates a folder and its parents on a disk; does nothing for an object store, which has no folders."""
     check_url(url, place="url")
     if scheme_of(url) in ("file", "memory"):
         filesystem, path = connect(url)
@@ -30,13 +30,13 @@ def make_folder(url: str) -> None:
 
 
 def publish(url: str, data: bytes | memoryview) -> None:
-    """Writes a file so that nobody ever sees half of it.
+    """Writes a file atomically, so that no reader ever sees an incomplete file.
 
-    Locally: a temporary name beside it, fsync, rename, fsync of the folder. On an object store an upload becomes
-    visible when it is complete; its size is read back.
+    On a disk, the file is written under a temporary name and flushed, then renamed, and its folder is flushed. In an
+    object store, an upload becomes visible only when it is complete; afterwards its size is compared with `data`.
 
     Raises:
-        TrainingFailed: the disk is full or the store does not take the file; nothing is left under the name.
+        TrainingFailed: the disk is full or the store does not accept the file; no incomplete file is left behind.
     """
     about = f" ({len(data):,} bytes)"
     place = f"cannot write {redact(url)}{about}"
@@ -63,10 +63,16 @@ def publish(url: str, data: bytes | memoryview) -> None:
 
 
 def upload(file: Path, url: str, name: str, *, patience: Patience | None = None) -> None:
-    """Copies a local file into a folder of a store; it is visible there once it is whole, and its size is read back.
+    """Copies a local file into a folder of a store, where the copy becomes visible once it is complete.
+
+    Args:
+        file: path of the local file.
+        url: URL of the folder.
+        name: path of the copy inside the folder.
+        patience: time limit, which may be shared with other operations; a new `Patience` by default.
 
     Raises:
-        TrainingFailed: the store does not answer or does not take it.
+        TrainingFailed: the store does not answer, or the copy has another size than the file.
         UserError: access is refused.
     """
     filesystem, folder = connect(url)
@@ -85,7 +91,7 @@ def upload(file: Path, url: str, name: str, *, patience: Patience | None = None)
 
 
 def remove(url: str) -> None:
-    """Removes a file; an absent file is no error. Raises the errors of `asked`."""
+    """Removes a file; an absent file is no error. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
     try:
         asked(url, "remove", lambda: filesystem.rm_file(path))
@@ -94,7 +100,7 @@ def remove(url: str) -> None:
 
 
 def remove_in(url: str, name: str, *, patience: Patience | None = None) -> None:
-    """Removes the file `name` in a folder of a store; an absent file is no error. Raises the errors of `asked`."""
+    """Removes the file `name` in a folder of a store; an absent file is no error. Raises the errors of `client.asked`."""
     filesystem, folder = connect(url)
     path = f"{folder.rstrip('/')}/{name}"
     try:
@@ -104,7 +110,7 @@ def remove_in(url: str, name: str, *, patience: Patience | None = None) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Removes a folder and its content; an absent folder is no error. Raises the errors of `asked`."""
+    """Removes a folder and its content; an absent folder is no error. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
     try:
         if local_path(url) is not None:

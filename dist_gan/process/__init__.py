@@ -1,1 +1,1 @@
-"""The life of one process: checks before the start, the run, and its end in one sentence, one file and one exit code."""
+"""One process of a run: checks before the start, the run itself, and its end with outcome file, message and exit code."""

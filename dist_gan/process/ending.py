@@ -1,8 +1,8 @@
-"""End of a run on one rank: notice for the other ranks, `outcome.json`, one sentence, exit code; whatever has failed.
+"""End of a run on one rank, after success or any failure: notice, `outcome.json`, one sentence, and exit code.
 
-The first rank that puts a notice (`EndNotice`) into the launch's store writes the outcome and prints the sentence; the
-other ranks exit silently once they read the notice. `outcome.json` carries the number of its attempt, and only ranks
-of that attempt write it.
+A notice (`EndNotice`) tells the other ranks that the launch is over. The first rank that puts a notice into the launch's
+store writes the outcome and prints the sentence; the other ranks exit silently once they read the notice. `outcome.json`
+contains the number of the attempt (start of the run) that it belongs to, and only ranks of that attempt write it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from dist_gan.wording import report, safe
 
 FINISHED, CRASHED, CONFIGURATION_WRONG, FAILED = 0, 1, 2, 3
 _RANK_ZERO_FIRST_S = 2.0
-"""Seconds for which other ranks let rank 0 report an error that all ranks meet; rank 0 may find it a moment later."""
+"""Seconds for which another rank waits with an error that all ranks find, so that rank 0 can report the error first."""
 _OUTCOME_WITHIN_S = 8.0
-"""Seconds for which a cut-off rank waits for rank 0's outcome: rank 0 needs a few seconds to find the missing ranks."""
+"""Seconds for which a rank without connection to the store waits for rank 0 to find lost ranks and write the outcome."""
 _SAVED_WITHIN_S, _ASKED_BEFORE_S = 10.0, 30.0
-"""Seconds for a rank to save and stop after its launcher has ended: without, and with, an earlier stop request."""
+"""Seconds in which a rank may save and stop after its launcher has ended: without and with an earlier stop request."""
 _LOOK_S = 1.0
 
 
 class Ending:
-    """Facts that a process needs in order to end, and the ways in which it ends.
+    """Everything that a process needs in order to end, and one method for each way in which a process may end.
 
     Args:
         run_dir: the run's folder; None where it is not known.
@@ -68,7 +68,12 @@ class Ending:
     def well(self, *, images: int, commit: str | None, stopped_by: str | None) -> int:
         """Ends a run that finished or was asked to stop, on all ranks together; returns the exit code.
 
-        A launcher with `--max-restarts` would restart a stopped run at once; under such a launcher the code is 0.
+        A launcher with `--max-restarts` would restart a stopped run at once, so under such a launcher the code is 0.
+
+        Args:
+            images: number of images that the run has seen.
+            commit: URL of the last checkpoint; None without a checkpoint.
+            stopped_by: name of the stop signal; None for a finished run.
         """
         code = FINISHED if stopped_by is None else PREEMPTED
         shown = FINISHED if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else code
@@ -120,7 +125,7 @@ class Ending:
         return self.leave("crashed", code=CRASHED, reason=reason, error=error)
 
     def refused_by(self, notice: EndNotice) -> int:
-        """Ends a start that a rank has refused; returns the exit code. Rank 0 reports it, since it owns the run's folder."""
+        """Ends a start that a rank has refused; returns the exit code. Rank 0 reports it, as owner of the run's folder."""
         if self.rank != 0:
             self.heard(notice)
             return notice.code
@@ -130,7 +135,7 @@ class Ending:
         return self.leave(notice.outcome, code=notice.code, reason=reason)
 
     def asked_twice(self, name: str) -> None:
-        """Ends the run because of a second stop signal, without saving."""
+        """Ends the run without saving, because a second stop signal, `name`, has arrived."""
         if not self._leaving.locked():
             reason = (
                 f"asked to stop again ({name}): left at once, without saving; start the same command again to resume"
@@ -145,7 +150,7 @@ class Ending:
         return self.leave("crashed", code=CRASHED, reason=reason, lost=lost)
 
     def heard(self, notice: EndNotice) -> None:
-        """Ends this rank because another rank has declared the launch over."""
+        """Ends this rank because another rank's notice says that the launch is over."""
         if self._leaving.acquire(blocking=False):
             self._hear(notice)
         else:
@@ -161,14 +166,14 @@ class Ending:
         rank_zero_first: bool = False,
         error: BaseException | None = None,
     ) -> int:
-        """Ends the run and reports the reason, unless another rank has reported one; returns the exit code.
+        """Ends the run, and reports the reason unless another rank has already reported one; returns the exit code.
 
         Args:
             outcome: value of `outcome` in `outcome.json`.
             code: exit code.
             reason: one sentence.
-            lost: ranks that cannot receive the notice.
-            rank_zero_first: True if rank 0 may be about to report the same.
+            lost: lost ranks, which are named in the notice to the others; None without lost ranks.
+            rank_zero_first: True to wait for rank 0, which may be about to report the same error.
             error: exception whose traceback is printed before the sentence.
         """
         if not self._leaving.acquire(blocking=False):
@@ -185,7 +190,7 @@ class Ending:
         return code
 
     def _claim(self, notice: EndNotice, *, rank_zero_first: bool) -> EndNotice:
-        """Publishes a notice; returns the one in force, which is this rank's own if the store cannot be asked."""
+        """Publishes a notice of the end; returns the notice in force, or the given notice if the store does not answer."""
         meeting = self.meeting
         if meeting is None:
             return notice
@@ -221,7 +226,7 @@ class Ending:
         within(lambda: self.outcome.write(notice, images=images), seconds=self.outcome.seconds)
 
     def _hear(self, notice: EndNotice) -> None:
-        """Ends a rank that did not issue the notice; the owner of the run's folder writes the outcome if it is missing."""
+        """Ends a rank because of another rank's notice; the owner of the run's folder writes a missing outcome."""
         if self.outcome.folder is not None and not notice.at_end:
             self._write_outcome(notice)
         if not notice.at_end:
@@ -235,13 +240,13 @@ class Ending:
         self._wait_for_the_others(notice)
 
     def _wait_for_the_others(self, notice: EndNotice) -> None:
-        """Keeps rank 0 until all reachable ranks have read the notice: the store may end with it or its launcher."""
+        """Waits, on rank 0, until all reachable ranks have read the notice; the store may end together with rank 0."""
         meeting = self.meeting
         if meeting is not None and self.rank == 0 and not notice.at_end:
             within(lambda: meeting.wait_for_confirmations(notice), seconds=2 * STEP_WITHIN_S)
 
     def _cut_off(self, reason: str) -> int:
-        """Ends a rank that cannot reach the store; on each machine only the process of local rank 0 reports it."""
+        """Ends a rank that cannot reach the launch's store; returns the exit code. Only local rank 0 reports the reason."""
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return CRASHED
@@ -257,7 +262,7 @@ class Ending:
         return CRASHED
 
     def _is_told_by(self, deadline: float) -> bool:
-        """True if another rank writes the outcome before `deadline`, a value of `time.monotonic`."""
+        """Returns True once another rank has written the outcome, False at `deadline`, a value of `time.monotonic`."""
         while not self.outcome.exists():
             if time.monotonic() >= deadline:
                 return False
@@ -293,7 +298,7 @@ class Ending:
     # -- the launcher ---------------------------------------------------------------------------------------------
 
     def watch_launcher(self) -> None:
-        """Starts a thread that ends this process when its launcher has ended."""
+        """Starts a thread that ends this process soon after its launcher has ended."""
         launcher = self._launcher
         if launcher is not None:
             threading.Thread(target=self._watch, args=(launcher,), name="launcher", daemon=True).start()
@@ -324,7 +329,10 @@ class Ending:
     # -- the end --------------------------------------------------------------------------------------------------
 
     def close(self, code: int) -> None:
-        """Releases the run's folder and the signals; exits at once if waiting for other ranks could block."""
+        """Releases the run's folder and the signal handlers.
+
+        After a failure in a launch of several ranks, exits with `code` at once, since a normal exit may wait for lost ranks.
+        """
         self._done.set()
         if self.outcome.attempt is not None and self.world_size > 1 and self._leaving.locked():
             self.exit(code)

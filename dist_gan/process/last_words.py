@@ -1,4 +1,4 @@
-"""Last actions of a process that ends: each has a time limit, and none can prevent the exit."""
+"""Last actions of a process before its exit; each action has a time limit, and no action can prevent the exit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from dist_gan.process import terminal
 from dist_gan.wording import report
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Error numbers of disk failures that a restart does not cure."""
+"""Error numbers (`errno`) of disk failures that remain after a restart."""
 STEP_WITHIN_S = 5.0
-"""Time limit, in seconds, of each last action: a store, disk or terminal that does not answer is abandoned."""
+"""Time limit, in seconds, of each last action, such as a write to a store, disk or terminal that does not answer."""
 _STEP_BACK_S = 30.0
-"""Seconds by which the error file is dated back: torch's launcher shows the earliest failure, and finding the missing
-ranks takes time."""
+"""Seconds by which the time in a rank's error file is set back.
+
+torch's launcher shows the failure with the earliest time, and the rank that reports needs time to find the lost ranks.
+"""
 
 
 def within(work: Callable[[], object], *, seconds: float = STEP_WITHIN_S) -> None:
-    """Runs `work` in a thread of its own, ignoring exceptions; returns after `seconds` even if it has not ended."""
+    """Runs `work` in a thread, ignoring exceptions; returns after `seconds` at the latest, even if `work` still runs."""
 
     def do() -> None:
         with suppress(Exception):  # the reported error is the earlier one
@@ -39,9 +41,9 @@ def within(work: Callable[[], object], *, seconds: float = STEP_WITHIN_S) -> Non
 def say_last(reason: str, *, launcher_waits: bool) -> None:
     """Reports why a run did not start or did not finish, as the last message on the terminal.
 
-    torch's launcher ends with its own traceback, followed by the content of the ranks' error files; so the sentence
-    goes into such a file. It is printed instead if no such launcher waits, or if that launcher is going to restart the
-    ranks.
+    torch's launcher ends with its own traceback, followed by the content of the ranks' error files; the sentence is
+    therefore written into such a file. The sentence is printed instead if there is no such launcher, or if the launcher
+    will restart the ranks.
 
     Args:
         reason: one sentence.
@@ -50,13 +52,18 @@ def say_last(reason: str, *, launcher_waits: bool) -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     is_last = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) >= restarts
     text = "\n" + report(f"dist_gan: {reason}")
-    # The launcher shows the earliest failure; of a killed rank it knows only the signal.
+    # The launcher shows only the earliest failure; about a killed rank, it would show only the signal.
     if not (is_last and launcher_waits and write_error_file(text, time.time() - _STEP_BACK_S)):
         terminal.say(reason)
 
 
 def write_error_file(text: str, failed_at: float) -> bool:
-    """Writes a message into the error file of torch's launcher, in its format; returns False if there is no such file."""
+    """Writes a message into this rank's error file for torch's launcher; returns False if there is no such file.
+
+    Args:
+        text: the message.
+        failed_at: time of the failure, in seconds since the epoch.
+    """
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return False
@@ -70,7 +77,7 @@ def write_error_file(text: str, failed_at: float) -> bool:
 def silent_about_full_disks() -> Iterator[None]:
     """Context in which a thread that fails on a full or read-only disk ends without a traceback.
 
-    TensorBoard's writer raises the same error in the training thread at the next write, where it is reported.
+    TensorBoard's writer raises the same error in the training thread at its next write, and there the error is reported.
     """
     before = threading.excepthook
 
@@ -87,10 +94,10 @@ def silent_about_full_disks() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process with an exit code, without taking the interpreter down; output is flushed first.
+    """Flushes the output, and ends this process with an exit code, without the shutdown of the Python interpreter.
 
-    At the end of a launch of several ranks, threads of torch still use connections. Destroying them can abort a process
-    whose run has finished, and the launcher would report a failure.
+    At the end of a launch of several ranks, threads of torch still use connections. A shutdown destroys the connections,
+    which can abort a process whose run has finished, and the launcher would then report a failure.
     """
     for stream in (sys.stdout, sys.stderr):
         within(stream.flush)

@@ -1,4 +1,4 @@
-"""One process of a run from its first check to its exit code and `outcome.json`."""
+"""Course of one process of a run, from its first check to its exit code and `outcome.json`."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from dist_gan.trainer import fit
 from dist_gan.types import TrainingFailed, UserError
 
 _REFUSAL_WITHIN_S = 20.0
-"""Time limit, in seconds, of waiting for the other ranks when a start is refused before its settings are known."""
+"""Time limit, in seconds, for reaching the launch's store when the settings of a start are unusable."""
 
 
 def run(config: RunConfig, *, own: OwnParts = NO_PARTS) -> int:
-    """Trains, and returns the exit code: 0 finished, 2 the configuration is wrong, 3 training failed, 1 a crash.
+    """Trains a run on this process; returns the exit code: 0 finished, 1 crash, 2 wrong configuration, 3 training failed.
 
     Exit code 75 means that the run was asked to stop, has saved a checkpoint, and should be started again. A launcher
-    with `--max-restarts` would restart it at once, so under such a launcher a stopped run exits with 0.
+    with `--max-restarts` would restart such a run at once, so under such a launcher a stopped run exits with 0.
 
-    Rank 0 makes every check that needs no other rank before process groups exist; the other ranks wait for its verdict
-    in the launch's store, and exit with the same code if it refuses. In a launch of several ranks, a rank that fails
-    does not return: it writes its outcome, publishes its verdict, prints its sentence, and ends the process.
+    Before process groups exist, rank 0 makes every check that needs no other rank; the other ranks wait in the launch's
+    key-value store for rank 0's decision, and exit with the same code if rank 0 refuses the start. In a launch of
+    several ranks, a rank that fails does not return: the rank publishes a notice that the launch is over, writes the
+    outcome, prints one sentence, and ends its process.
 
     Args:
         config: every setting.
-        own: parts of the user's own script, as handed to `dist_gan.train`.
+        own: parts of the user's own script, as passed to `dist_gan.train`.
     """
     with terminal.unbreakable(), silent_about_full_disks():
         ending = Ending(config.run.dir, checkpoints_of(config))
@@ -116,7 +117,7 @@ def _run(config: RunConfig, ending: Ending, own: OwnParts, parts: list[Run]) -> 
 
 
 def _refuse_strangers(config: RunConfig, runtime: Runtime, own: OwnParts) -> None:
-    """Raises unless all ranks run the same settings with the same code and packages."""
+    """Raises UserError on every rank unless all ranks have the same settings, code and packages. Collective."""
     script = own.script()
     mine = {
         "the settings": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
@@ -138,7 +139,7 @@ def _refuse_strangers(config: RunConfig, runtime: Runtime, own: OwnParts) -> Non
 
 
 def _refuse_private_checkpoints(config: RunConfig, runtime: Runtime, claim: Claim) -> None:
-    """Raises unless all ranks see the folder of the checkpoints as rank 0 does; each of them writes there."""
+    """Raises UserError on every rank unless all ranks see the same folder of checkpoints, where each writes. Collective."""
     error: UserError | TrainingFailed | None = None
     blind: str | None = None
     try:
@@ -161,7 +162,7 @@ def _refuse_private_checkpoints(config: RunConfig, runtime: Runtime, claim: Clai
 
 
 def _prepare_data_of_this_machine(config: RunConfig, runtime: Runtime) -> None:
-    """Writes the embedded data set on every machine that does not see rank 0's; the pictures are the same everywhere."""
+    """Writes the embedded data set on every machine that does not see rank 0's copy; all copies are equal. Collective."""
     error: UserError | TrainingFailed | None = None
     if runtime.rank != 0 and os.environ.get("LOCAL_RANK", "0") == "0" and not sees_data(config):
         try:
@@ -172,7 +173,7 @@ def _prepare_data_of_this_machine(config: RunConfig, runtime: Runtime) -> None:
 
 
 def code_hash() -> str:
-    """A short hash of the package's own files."""
+    """Returns a short hash of the names and contents of this package's Python files."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):

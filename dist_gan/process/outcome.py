@@ -1,4 +1,4 @@
-"""The file `outcome.json`: the result of one attempt of a run, for scripts and operators that decide what follows."""
+"""The file `outcome.json`: result of one attempt (start) of a run, by which scripts and operators decide what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from dist_gan.wording import report
 
 OUTCOME = "outcome.json"
 REFUSED = "DIST_GAN_REFUSED"
-"""Environment variable with the path of the file into which a refused start writes its outcome, for a batch script; a
-refused start owns no run folder."""
+"""Environment variable with the path of a file into which a refused start writes its outcome, for a batch script.
+
+A refused start owns no run folder, so it cannot write `outcome.json` there.
+"""
 _RESERVE = ".reserve"
 _RESERVED_BYTES = 8192
 _LARGEST_BYTES = 2**20
@@ -34,6 +36,15 @@ def write_outcome(
 ) -> None:
     """Writes `outcome.json`, the result of an attempt, into a folder on a disk or in a store.
 
+    Args:
+        folder: URL of the folder.
+        outcome: the result in one word, such as `finished`.
+        code: exit code.
+        images: number of images that the run has seen.
+        reason: one sentence.
+        attempt: number of the attempt; 0 for a refused start.
+        commit: URL of the newest checkpoint; None without a checkpoint.
+
     Raises:
         TrainingFailed: the file cannot be written, not even into the disk space reserved for it.
     """
@@ -49,12 +60,12 @@ def write_outcome(
 
 
 def reserve(folder: Path) -> None:
-    """Reserves disk space for `outcome.json`, in case the disk becomes full."""
+    """Reserves disk space for `outcome.json` by a file in the run's folder, in case the disk becomes full."""
     storage.publish(str(folder / _RESERVE), os.urandom(_RESERVED_BYTES))
 
 
 def release(folder: Path) -> None:
-    """Releases the disk space reserved for `outcome.json`."""
+    """Releases the disk space that was reserved for `outcome.json`."""
     with suppress(OSError):
         (folder / _RESERVE).unlink(missing_ok=True)
 
@@ -75,7 +86,12 @@ def _outcome_json(
 
 
 def outcome_of(folder: str, attempt: int) -> dict[str, Any] | None:
-    """The outcome written by the given attempt into a folder; None if it wrote none, even if another attempt did."""
+    """Returns the outcome that an attempt has written into a folder; None if there is none of that attempt.
+
+    Args:
+        folder: URL of the folder.
+        attempt: number of the attempt.
+    """
     try:
         value = json.loads(records.read(storage.join(folder, OUTCOME), limit=_LARGEST_BYTES))
     except (OSError, ValueError, RecursionError, TrainingFailed):
@@ -86,12 +102,12 @@ def outcome_of(folder: str, attempt: int) -> dict[str, Any] | None:
 def refuse(folder: Path | None, outcome: str, *, code: int, reason: str) -> None:
     """Writes the outcome of a start that was refused, or failed, before it owned a run folder.
 
-    The outcome goes into the file named by the environment variable DIST_GAN_REFUSED, if it is set, and into
-    `outcome.json` of the run folder if no run has ever begun there. The outcome of an earlier run is not overwritten.
+    The outcome is written into the file that the environment variable DIST_GAN_REFUSED names, if the variable is set,
+    and into `outcome.json` of the run folder if no run has ever begun there. The outcome of an earlier run is kept.
 
     Args:
         folder: the run's folder; None if no readable one was given.
-        outcome: value of `outcome`.
+        outcome: the result in one word, such as `failed`.
         code: exit code.
         reason: one sentence.
     """
@@ -108,7 +124,7 @@ def refuse(folder: Path | None, outcome: str, *, code: int, reason: str) -> None
 
 
 def _nobody_has_run_in(folder: Path) -> bool:
-    """True if the folder is absent, or holds only files of refused starts and of a batch script."""
+    """Returns True if the folder is absent, or holds only files of refused starts and of a batch script."""
     if not folder.exists():
         return True
     names = {path.name for path in folder.iterdir()}

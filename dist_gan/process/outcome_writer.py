@@ -1,4 +1,4 @@
-"""Writer of a run's outcome on whichever rank has to, into the run's folder or the store of its checkpoints."""
+"""Writer of a run's `outcome.json` on any rank, into the run's folder or the store that keeps its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dist_gan.runtime import EndNotice
 from dist_gan.types import TrainingFailed
 
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop, and of a start that was stopped before training."""
+"""Exit code of a run that was asked to stop, during training or before training began."""
 _OTHER_RANK_S = 1.0
 """Seconds for which a rank waits for the outcome of the rank that has ended the run."""
 _COMMIT_WITHIN_S = 3.0
-"""Time limit, in seconds, for the name of the newest checkpoint, when a store is asked for it at the end."""
+"""Time limit, in seconds, for finding the newest checkpoint of the run, when the run ends."""
 _COPIED_WITHIN_S = 15.0
-"""Time limit, in seconds, for the copies of the logs in a store, when a run ends."""
+"""Time limit, in seconds, for copying the logs into a store, when a run ends."""
 
 
 class OutcomeWriter:
-    """Facts about this attempt that its outcome needs, and the places where the outcome is written.
+    """Writer of the outcome of this attempt (start of the run), with the facts that the outcome contains.
 
-    Rank 0 writes into the folder that it owns. Another rank, which has to speak when rank 0 cannot, writes into the
-    same folder if it sees it, and otherwise beside the checkpoints in the store, if this launch still owns them.
+    Rank 0 writes into the run's folder, which it owns. If rank 0 cannot write, another rank writes into the same folder
+    if that rank sees it; otherwise into the store beside the checkpoints, if this launch still owns the checkpoints.
 
     Args:
         run_dir: the run's folder; None where it is not known.
@@ -42,14 +42,14 @@ class OutcomeWriter:
     def __init__(self, run_dir: str | None, checkpoints: str | None, *, rank: int) -> None:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.folder: RunFolder | None = None
-        """The run's folder, on rank 0 once it owns it; None otherwise."""
+        """The run's folder, on rank 0 after rank 0 has locked the folder; None otherwise."""
         self.attempt: int | None = None
         self.claim: Claim | None = None
-        """Rank 0's claim, on every rank once the ranks have compared what they see."""
+        """Rank 0's claim to own the run; None until rank 0 has sent the claim to all ranks."""
         self._checkpoints, self._rank = checkpoints, rank
 
     def exists(self) -> bool:
-        """True if this attempt has an outcome, as far as this rank can see."""
+        """Returns True if this attempt has an outcome, as far as this rank can see."""
         if self.attempt is None:
             return False
         places = [str(self.run_dir)] if self.run_dir is not None else []
@@ -61,7 +61,7 @@ class OutcomeWriter:
         """Writes the outcome of this attempt, unless the rank that issued the notice has written it.
 
         Args:
-            notice: the reason for which the launch is over.
+            notice: message that the launch is over, with outcome and reason.
             images: number of images that this rank has seen; the outcome counts at least those of the last checkpoint.
         """
         if self.attempt is None:
@@ -95,7 +95,7 @@ class OutcomeWriter:
 
     @property
     def seconds(self) -> float:
-        """Time limit, in seconds, that `write` needs: longer if a store has to be asked."""
+        """Time limit for the method `write`, in seconds; longer if the checkpoints are in a store."""
         return 2 * STEP_WITHIN_S if self._home() else STEP_WITHIN_S
 
     def copy_logs(self) -> None:
@@ -104,12 +104,12 @@ class OutcomeWriter:
             within(self.folder.mirror.push, seconds=_COPIED_WITHIN_S)
 
     def close(self) -> None:
-        """Gives the run's folder up."""
+        """Releases the lock of the run's folder."""
         if self.folder is not None:
             self.folder.close()
 
     def _place(self) -> str | None:
-        """URL of the folder for the outcome; None if this rank may not write one."""
+        """Returns the URL of the folder for `outcome.json`; None if this rank may not write the outcome."""
         if self.run_dir is None or self.attempt is None:
             return None
         if self.folder is not None or attempts.is_latest(self.run_dir, self.attempt):
@@ -123,7 +123,7 @@ class OutcomeWriter:
         return self.claim.home if self.claim is not None else ""
 
     def _writes_to_store(self) -> bool:
-        """True on a rank other than 0 of a run whose checkpoints and copies are in a folder of their own."""
+        """Returns True on a rank other than 0 if the run keeps its checkpoints outside of the run's folder."""
         return self.folder is None and bool(self._home())
 
     def _newest_commit(self) -> Commit | None:

@@ -1,4 +1,4 @@
-"""Checks of a start in one report: rank and number of processes, settings, networks and data."""
+"""Checks before a run starts (processes, settings, networks, data), which report all mistakes together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LaunchPlace(NamedTuple):
 
 
 def place_in_launch(environment: Mapping[str, str]) -> LaunchPlace:
-    """Rank and number of processes from the launcher's environment variables; rank 0 of 1 without a launcher.
+    """Reads rank and number of processes from the launcher's environment variables; returns rank 0 of 1 without a launcher.
 
     Raises:
         UserError: a variable is not a number, or contradicts another one.
@@ -57,14 +57,14 @@ def settings(
     is_rehearsal: bool = False,
     own: OwnParts | None = None,
 ) -> RunConfig:
-    """The settings of a run, after all checks that are possible before the run begins.
+    """Reads the settings of a run, and makes all checks that are possible before the run begins; returns the settings.
 
     Args:
         path: YAML file, or None for the defaults.
-        overrides: dotted assignments.
+        overrides: assignments such as `run.batch=64`.
         place: rank of this process and number of processes.
-        is_rehearsal: check the data in any case. A real start checks the data once it owns the run's folder; if the
-            settings are wrong, the data are checked here, so that all mistakes are reported together.
+        is_rehearsal: True to check the data in any case. A real start checks the data after it has locked the run's
+            folder; but if the settings are wrong, the data are checked here, so that all mistakes are reported together.
         own: parts of the user's own script; None without any.
 
     Raises:
@@ -81,7 +81,7 @@ def settings(
 
 
 def _is_near(config: RunConfig, place: LaunchPlace) -> bool:
-    """True if checking the data makes no other rank wait for a store: a lone process, local shards, or no shards."""
+    """Returns True if a check of the data makes no other rank wait for a store: one process, local shards, or none."""
     return place.world_size == 1 or all(urls.local_path(url) is not None for url in config.data.sources)
 
 
@@ -117,7 +117,7 @@ def _network_mistakes(config: RunConfig, own: OwnParts | None) -> list[str]:
 
 
 def _sizes(config: RunConfig, own: OwnParts | None) -> tuple[int, int] | None:
-    """Numbers of parameters of generator and discriminator; None for networks that cannot be built without memory."""
+    """Returns the numbers of parameters of generator and discriminator; None if they cannot be built without memory."""
     from dist_gan.models import sizes
 
     if own is None or own.networks is None:
@@ -131,7 +131,7 @@ def _sizes(config: RunConfig, own: OwnParts | None) -> tuple[int, int] | None:
 
 
 def describe(config: RunConfig, *, world_size: int, own: OwnParts | None = None) -> str:
-    """Text of `--dry-run`: resolved settings, sizes of the networks, and the share of each process."""
+    """Returns the text of `--dry-run`: resolved settings, sizes of the networks, and each process's share of the batch."""
     from dist_gan.objectives.losses import LOSSES
 
     found = _sizes(config, own)

@@ -1,4 +1,4 @@
-"""Output to the terminal that cannot fail: a closed pipe, or a full disk behind it, never ends the program."""
+"""Output to the terminal that cannot fail: neither a closed pipe nor a full disk ever ends the program."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Unbreakable:
 
 @contextmanager
 def unbreakable() -> Iterator[None]:
-    """Context in which printing to standard output or error never raises, in any library."""
+    """Context in which no library's writes to standard output or standard error raise an exception."""
     before = sys.stdout, sys.stderr
     mine = tuple(s if s is None or isinstance(s, _Unbreakable) else _Unbreakable(s) for s in before)
     sys.stdout, sys.stderr = mine

@@ -35,7 +35,7 @@ _NAME = re.compile(r"checkpoint-([0-9]{4,18})-([0-9]{12,18})")
 
 
 class SearchResult(NamedTuple):
-    """Result of a search for the newest usable checkpoint of a folder."""
+    """Result of a search for the newest usable checkpoint in a folder; `url` is None if there is no such checkpoint."""
 
     url: str | None
     damaged: tuple[str, ...]
@@ -70,7 +70,10 @@ class Entry(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """A checkpoint that was committed, that is, completely written; its files may have been damaged since."""
+    """URL and number of images seen of a committed, that is, completely written checkpoint.
+
+    Its files may have been damaged since.
+    """
 
     url: str
     images: int

@@ -42,7 +42,7 @@ def retire(folder: str, newest: str, section: CheckpointSection) -> None:
             storage.remove(storage.join(entry.url, reader.COMMIT))
             storage.remove_folder(entry.url)
         except OSError:
-            continue  # without COMMIT it is not a checkpoint, and the next retention tries again
+            continue  # without COMMIT the folder is no checkpoint, and the next call deletes the rest
 
 
 def _milestones(alive: Sequence[Entry], every: int | None) -> set[str]:

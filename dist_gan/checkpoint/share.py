@@ -14,7 +14,7 @@ from dist_gan.types import Scalars, TensorFacts
 
 
 class CommittedCheckpoint(NamedTuple):
-    """A checkpoint that has been committed, with its duration."""
+    """Facts about a checkpoint that has been committed: its URL, images seen, and durations."""
 
     url: str
     images: int

@@ -176,7 +176,7 @@ class Checkpointer:
             )
             if self._runtime.is_main:
                 self._clear_away(job.url)
-        except BaseException as error:  # is raised by `drain`, on the training thread
+        except BaseException as error:  # `drain` raises the error, on the training thread
             self._problem = error
 
     def _write(self, job: WriteJob, buffer: FileBuffer) -> None:
@@ -196,7 +196,7 @@ class Checkpointer:
             problem = str(error)
         except OSError as error:
             problem = f"cannot write {storage.redact(job.url)}: {storage.why(error)}"
-        except Exception as error:  # whatever it is, the other ranks wait for this one's word
+        except Exception as error:  # all other ranks wait for this rank's message
             problem = f"cannot write {storage.redact(job.url)}: {type(error).__name__}"
         files = runtime.writer_group.gather_json({"problem": problem, "written": written})
         raise_first([f["problem"] for f in files])
@@ -233,7 +233,7 @@ class Checkpointer:
             "values": json.loads(job.values),
         }
         data = json.dumps(manifest, indent=1).encode()
-        for log in self._logs:  # in this thread, so that training does not wait for the disk
+        for log in self._logs:  # flushed here, so that training does not wait for the disk
             storage.sync_file(log)
         if self._mirror is not None:
             self._mirror.push()
@@ -246,7 +246,7 @@ class Checkpointer:
     def _clear_away(self, newest: str) -> None:
         try:
             self._retire(newest)
-        except Exception as error:  # a checkpoint too many is no reason to stop training
+        except Exception as error:  # an old checkpoint that stays is no reason to stop training
             print(safe(f"dist_gan: old checkpoints could not be cleared away ({type(error).__name__})"), flush=True)
 
     def _retire(self, newest: str) -> None:

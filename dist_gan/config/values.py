@@ -101,7 +101,7 @@ class Section(BaseModel):
 
 
 class Choice:
-    """Annotation of a field that holds a section of one of several classes, chosen by its `kind`.
+    """Annotation of a field that holds a section of one of several classes; the setting `kind` chooses the class.
 
     Args:
         sections: class of the section for each kind, in the order in which the kinds are listed.

@@ -28,7 +28,7 @@ Sample = dict[str, Any]
 """One image as a dictionary: `__key__`, `__url__` of its shard, `pixels` (uint8, HWC), and `label` if there are labels."""
 
 Stage = Callable[[Iterable[Sample]], Iterator[Sample]]
-"""Step of the user's own after decoding: takes samples, and yields one sample for each of them, in the same order."""
+"""Step of the user's own after decoding: takes samples, and yields one sample per sample taken, in the same order."""
 
 _TRIES = 256
 """Largest number of images that are tried as the substitute of a damaged image."""
@@ -114,7 +114,7 @@ class Decoder:
             return self._reread_or_substitute(address, out)
 
     def _pixels(self, address: ImageAddress, fetched: PieceBytes, out: Pixels) -> Pixels:
-        """Decodes an image from the bytes of its piece; returns the pixels.
+        """Decodes an image from the bytes of its piece (range of bytes read at once); returns the pixels.
 
         Raises:
             BadImage: it is damaged.

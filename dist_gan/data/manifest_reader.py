@@ -131,7 +131,7 @@ class ManifestReader:
     def _check_places(
         self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], keys: list[str], where: str, size: int
     ) -> None:
-        # Not offsets + sizes: the sum of two 64-bit numbers may overflow and be negative.
+        # offsets + sizes is not computed, because the sum of two 64-bit numbers may overflow and be negative.
         outside = np.flatnonzero((sizes > size) | (offsets > size - np.minimum(sizes, size)))
         if len(outside):
             raise self._error(

@@ -28,10 +28,10 @@ Integers = NDArray[np.int64]
 
 
 class Locations(NamedTuple):
-    """Locations of the images at some positions, as columns of equal length."""
+    """Locations of the images at some positions of an order or a mixture, as columns of equal length."""
 
     order: Integers
-    """Index of the order in a mixture of several orders; 0 without a mixture."""
+    """Index of the image's order in a mixture of several orders; 0 without a mixture."""
     shard: Integers
     nth: Integers
     """Index of the image among those images of its shard that belong to the order."""
@@ -67,7 +67,7 @@ class Order:
         self._line_of_pass = lru_cache(maxsize=2)(self._permuted_blocks)
         self._inside_block = lru_cache(maxsize=4 * self._lanes + 64)(self._permuted_images)
         self.orders: tuple[Order, ...] = (self,)
-        """All orders, as indexed by `Locations.order`: this order alone."""
+        """Tuple of this order alone; `Locations.order` is an index of the tuple."""
 
     def locate(self, positions: Integers) -> Locations:
         """Returns the locations of the images at some positions; positions count from 0."""
@@ -142,7 +142,7 @@ class Mixture:
         self._seed, self._name = seed, name
         self._arrangement = lru_cache(maxsize=64)(self._arranged)
         self.orders: tuple[Order, ...] = tuple(order for part in parts for order in part.orders)
-        """All orders of all parts, as indexed by `Locations.order`."""
+        """Tuple of the orders in all parts; `Locations.order` is an index of the tuple."""
         sizes = [len(part.orders) for part in parts]
         self._first_order = [sum(sizes[:number]) for number in range(len(parts))]
         self.length = sum(order.length for order in self.orders)

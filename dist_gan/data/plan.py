@@ -31,11 +31,11 @@ class ImageAddress(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """Images of one folder that one order runs over."""
+    """Images of one folder of shards that one order shows."""
 
     folder: int
     rows: tuple[Integers, ...]
-    """Indices of the images in each shard that belong to the order."""
+    """Indices of the images that belong to the order, for each shard of the folder."""
 
 
 class Plan:
@@ -79,13 +79,14 @@ class Plan:
         self._leaves: list[_Leaf] = []
         parts = [self._part(folder, number, seed) for number, (folder, _) in enumerate(folders)]
         self._order = parts[0] if len(parts) == 1 else Mixture(parts, [weight for _, weight in folders], seed=seed)
-        # A rank owns every n-th slot, and so reads from every n-th lane alone if these numbers divide each other.
+        # With n ranks, a rank owns every n-th position of the batch. It reads every n-th lane alone if the batch, the lanes
+        # and n divide one another.
         ranks, lanes = batch // len(slots), section.lanes
         if len(parts) == 1 and lanes % ranks == 0 and (batch % lanes == 0 or lanes % batch == 0):
             lanes //= ranks
         self._block = lru_cache(maxsize=4 * lanes * len(parts) + 64)(self._piece_of_block)
         self._look_every = max(1, section.block * section.lanes // (8 * batch))
-        # For each lane its block and the next one, for some lanes also the one after that.
+        # Each lane needs memory for its current and its next block, and some lanes for the block after that.
         blocks = (5 * lanes * len(parts) // 2 + 8) * self._largest_block(folders)
         self.by_block = not section.balance and blocks <= section.memory
         self.memory = blocks if self.by_block else section.memory

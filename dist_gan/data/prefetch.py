@@ -41,7 +41,7 @@ class DecodedBatch(NamedTuple):
 
 
 class _PendingBatch(NamedTuple):
-    """Batch that is being decoded."""
+    """This rank's part of a global batch, while threads decode its images."""
 
     images_BHWC: Tensor
     parts: list[Future[tuple[list[int], list[str]]]]
@@ -79,7 +79,7 @@ def decode_part(
 
 
 class Prefetcher:
-    """Decodes global batches from number `draw` on, before they are needed.
+    """Reads and decodes the global batches from number `draw` on, before the training loop needs them.
 
     Args:
         plan: addresses of the images of each batch.

@@ -40,7 +40,7 @@ class ScanBatch(NamedTuple):
 
 
 class _DeviceBatch(NamedTuple):
-    """Batch on the device, or being copied to the device."""
+    """This rank's part of a global batch, on the device or being copied to the device."""
 
     images_BCHW: Tensor
     labels: Tensor | None

@@ -15,7 +15,7 @@ class Stream(Protocol):
     """Endless stream of batches whose order is a function of the seed and of the number of the batch."""
 
     draw: int
-    """Number of the next global batch."""
+    """Number of the next global batch, counted from 0."""
     waited_s: float
     """Seconds for which training has waited for data so far."""
 

@@ -19,7 +19,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(f"{colour}-{shape}" for colour in COLOURS f
 """
 
 PALETTE = np.array([(0.95, 0.22, 0.20), (0.20, 0.85, 0.30), (0.25, 0.42, 1.00)])
-"""RGB of each colour at full shade."""
+"""RGB values, in [0, 1], of each colour at full shade."""
 BACKGROUND = 0.08
 """Grey value of the background, in [0, 1]."""
 SHADE = (0.8, 1.0)

@@ -24,7 +24,7 @@ FAMILIES: dict[str, Family[Any]] = {
     "mlp": MLP,
     "own": OWN,
 }
-"""Every family of networks by its name, `networks.kind`."""
+"""Families of networks by name; the setting `networks.kind` chooses one."""
 
 
 def families_for(made: str) -> str:

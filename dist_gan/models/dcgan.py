@@ -1,4 +1,4 @@
-"""DCGAN (Radford, Metz, Chintala 2016) for pictures of 16 to 256 pixels a side.
+"""DCGAN networks (Radford, Metz, Chintala 2016) for square images of 16 to 256 pixels a side.
 
 Generator: a 4x4 transposed convolution of the latent, then 4x4 stride-2 stages; ReLU; tanh at the end.
 Discriminator: 4x4 stride-2 convolutions down to 4x4 pixels, with LeakyReLU 0.2. With batch normalisation these are the
@@ -135,7 +135,7 @@ class MinibatchStdDev(nn.Module):
         batch, channels, height, width = features_BCHW.shape
         group = math.gcd(batch, self.group)
         grouped = features_BCHW.reshape(group, batch // group, channels, height, width)
-        centred = grouped - grouped.mean(dim=0)  # by hand: on a CPU Tensor.var is ten times slower
+        centred = grouped - grouped.mean(dim=0)  # computed by hand, since Tensor.var is ten times slower on a CPU
         spread = (centred.square().mean(dim=0) + 1e-8).sqrt().mean(dim=1, keepdim=True)
         return torch.cat((features_BCHW, spread.repeat(group, 1, 1, 1)), dim=1)
 

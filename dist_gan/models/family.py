@@ -50,12 +50,13 @@ class PictureNetworks(Section):
 
 
 class Mixture(NamedTuple):
-    """The setting by which a discriminator's logit of one image depends on other images of its batch."""
+    """Setting by which a discriminator's logit of one image depends on other images of the batch, as with batch
+    normalisation."""
 
     setting: str
     """Name of the setting in the section `networks`."""
     instead: str
-    """Value of the setting with which every logit depends on its own image alone."""
+    """Value of the setting with which the logit of each image depends on that image alone."""
 
 
 S = TypeVar("S", bound=NetworkSettings)

@@ -36,7 +36,7 @@ def _hidden(in_dim: int, *, width: int, depth: int) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """Generator: maps latents_BZ to points_B2 of any size."""
+    """Generator: maps latents_BZ to points_B2, with unbounded coordinates."""
 
     def __init__(self, section: MLPNetworks) -> None:
         super().__init__()

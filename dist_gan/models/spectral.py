@@ -38,7 +38,7 @@ class SpectralNorm(nn.Module):
 
     def normed_weight(self) -> Tensor:
         """Returns the weight divided by its largest singular value; gradients flow through weight and singular value."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # in bf16 the norm itself would be off by 1/256
+        with torch.autocast(self.weight.device.type, enabled=False):  # in bf16 the norm would have an error of 1/256
             sigma = torch.dot(self.u, self.weight.flatten(1) @ self.v)
             return self.weight / sigma
 

@@ -156,7 +156,7 @@ class AdversarialObjective:
         return draws.normal(f"latents/{purpose}", draw=batch.draw, slots=batch.slots, shape=(self.latent_dim,))
 
     def _noisy(self, purpose: str, images: Tensor, batch: Batch, draws: Draws, knobs: Knobs) -> Tensor:
-        """Adds instance noise (Sonderby et al. 2017) to images, independent for every image and every use of it."""
+        """Adds instance noise (Sonderby et al. 2017) to images, independent for every image and every loss."""
         if knobs.instance_noise <= 0:
             return images
         noise = draws.normal(purpose, draw=batch.draw, slots=batch.slots, shape=tuple(images.shape[1:]))

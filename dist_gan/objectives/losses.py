@@ -124,7 +124,7 @@ LOSSES: dict[str, Loss] = {
         is_paired=True,
     ),
 }
-"""Every adversarial loss by its name, `objective.kind`."""
+"""Adversarial losses by name; the setting `objective.kind` chooses one."""
 
 
 def lecam(*, real_B: Tensor, fake_B: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:

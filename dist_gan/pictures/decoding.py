@@ -67,7 +67,7 @@ def examine(data: bytes | memoryview, *, name: str) -> Picture:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, name=name)
             image.load()
-            # After load: a PNG may carry its EXIF behind the pixels.
+            # EXIF is read after `load`, because a PNG may hold it behind the pixels.
             if image.mode in ("L", "RGB") and "transparency" not in image.info and not may_be_turned(image):
                 return Picture(as_array(image), _plain_extension(image, data))
             turned = upright(image)

@@ -29,7 +29,7 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         orientation = orientation_of(image)
     except Exception:
-        # The pixels are whole; a damaged EXIF block says nothing about how to turn them.
+        # The pixels are intact, and a damaged EXIF block does not tell how to turn them.
         return image
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 

@@ -162,7 +162,7 @@ def read_manifest(url: str) -> dict[str, Any]:
     """Reads the manifest of a committed checkpoint, and checks the types and ranges of all its values.
 
     Raises:
-        Damaged: there is no manifest, COMMIT is not its hash, its format version is another, or a value is invalid.
+        Damaged: the manifest is missing, COMMIT is not its hash, its format version is unknown, or a value is invalid.
         TrainingFailed: the store does not answer.
     """
     place = storage.redact(url)
@@ -317,7 +317,7 @@ def serial_of(url: str) -> int:
     Checkpoints are sorted by this number, because as text 10000 would come before 9999.
 
     Raises:
-        Damaged: the name is not that of a checkpoint.
+        Damaged: the last component of the URL is not the name of a checkpoint.
     """
     return int(_match(url)[1])
 

@@ -54,7 +54,7 @@ def restore(
         may_lack: parts that the checkpoint may lack.
 
     Raises:
-        UserError: the checkpoint lacks another part, or its tensors do not fit the part.
+        UserError: the checkpoint lacks a part that it may not lack, or its tensors do not fit a part.
     """
     prefixes = {part: prefix_of(manifest, part) for part in parts}
     lacking = sorted(part for part, prefix in prefixes.items() if prefix is None and part not in may_lack)

@@ -85,7 +85,7 @@ def intended_rollback(folder: str) -> dict[str, Any] | None:
     """Reads the description of a rollback that a killed process left unfinished; None if there is no such rollback.
 
     Raises:
-        UserError: the note is damaged. Ignoring it would revive abandoned checkpoints.
+        UserError: the description is damaged. If it were ignored, a run could resume from an abandoned checkpoint.
         TrainingFailed: the store does not answer.
     """
     try:

@@ -109,7 +109,7 @@ def check_recovery(recovery: Record) -> None:
 
 
 def check_stream(stream: Record) -> None:
-    """Checks the saved position in the order of the data. Raises `Damaged` for an invalid value."""
+    """Checks the saved position in the order of the training data. Raises `Damaged` for an invalid value."""
     stream.whole("draw", high=MOST_DRAWS)
     stream.text("fingerprint")
     for pair in stream.values.get("damaged", []) if isinstance(stream.values.get("damaged", []), list) else [None]:

@@ -41,7 +41,7 @@ class Checkpointer:
         section: settings for the retention of checkpoints.
         facts: JSON about the run that every manifest repeats, such as the configuration's hash.
         logs: local log files, flushed to the disk before a checkpoint is committed.
-        mirror: copies of the run's files beside the checkpoints, and the mark of who owns them, on rank 0 of a run with
+        mirror: copies of the run's files beside the checkpoints, and the mark of their owner, on rank 0 of a run with
             `checkpoint.url`; None elsewhere.
     """
 
@@ -80,7 +80,7 @@ class Checkpointer:
             scalars: latest logged scalars, which `checkpoint.keep_best` compares.
 
         Raises:
-            TrainingFailed: on every rank, if the checkpoint before this one could not be written.
+            TrainingFailed: on every rank, if the previous checkpoint could not be written.
         """
         began = time.perf_counter()
         self.drain()

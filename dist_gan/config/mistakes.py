@@ -21,7 +21,7 @@ def validate(raw: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
     report. Every round removes an entry from the dictionary, whatever the schema is, so the loop ends.
 
     Raises:
-        ValueError: even a configuration without any entry is not valid: a section has no default, or a wrong one.
+        ValueError: even a configuration without any entry is not valid: a section has no default, or an invalid default.
     """
     mistakes: dict[str, str] = {}
     while True:

@@ -45,7 +45,7 @@ def _of_tags(tags: tuple[str, ...]) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loads YAML safely: only core types, and no duplicate keys."""
+    """Loads YAML safely: constructs values of YAML's core types only, and refuses duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

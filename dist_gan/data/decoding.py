@@ -117,7 +117,7 @@ class Decoder:
         """Decodes an image from the bytes of its piece (range of bytes read at once); returns the pixels.
 
         Raises:
-            BadImage: it is damaged.
+            BadImage: the image is damaged.
         """
         folder, shard, row, _ = address
         entry = self._shards[folder][shard]

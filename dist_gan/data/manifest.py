@@ -26,7 +26,7 @@ def read_manifest(url: str) -> Manifest:
     """Reads the manifest of a folder of shards, and checks all its entries.
 
     Raises:
-        UserError: there is no manifest, it cannot be read, or its entries contradict each other.
+        UserError: the manifest is missing or cannot be read, or its entries contradict each other.
     """
     place = storage.join(url, NAME)
     shown = storage.redact(place)
@@ -76,7 +76,8 @@ def check_shards(url: str, manifest: Manifest, *, may_lose: int | None = None) -
         A sentence for each shard of a wrong size.
 
     Raises:
-        UserError: a shard is missing or has a wrong size; the message names the first one and the number of others.
+        UserError: a shard is missing or has a wrong size; the message names the first such shard and
+            the number of others.
     """
     try:
         found = storage.sizes(url, [shard.name for shard in manifest.shards])

@@ -70,14 +70,17 @@ class Order:
         """Tuple of this order alone; `Locations.order` is an index of the tuple."""
 
     def locate(self, positions: Integers) -> Locations:
-        """Returns the locations of the images at some positions; positions count from 0."""
+        """Returns shard, index and block of the images at some positions in the sequence; positions count from 0."""
         blocks, inside, passes = self._in_blocks(positions)
         rows = zip(passes.tolist(), blocks.tolist(), inside.tolist(), strict=True)
         inside = np.array([self._inside_block(number, block)[at] for number, block, at in rows], dtype=np.int64)
         return Locations(np.zeros_like(blocks), self._shards[blocks], self._starts[blocks] + inside, blocks)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """Returns index of the order and number of the block at each position, which is all that prefetching needs."""
+        """Returns index of the order and number of the block (run of neighbouring images) at each position.
+
+        Prefetching needs no more than the block of an image.
+        """
         return [(0, block) for block in self._in_blocks(positions)[0].tolist()]
 
     def _in_blocks(self, positions: Integers) -> tuple[Integers, Integers, Integers]:
@@ -95,7 +98,8 @@ class Order:
         return blocks, inside, passes
 
     def block_range(self, block: int) -> tuple[int, int, int]:
-        """Returns the shard of a block, and the indices [start, end) of the block's images in that shard."""
+        """Returns the shard of a block (run of neighbouring images), and the indices [start, end) of its images in that
+        shard."""
         start = int(self._starts[block])
         return int(self._shards[block]), start, start + int(self._sizes[block])
 
@@ -148,7 +152,8 @@ class Mixture:
         self.length = sum(order.length for order in self.orders)
 
     def locate(self, positions: Integers) -> Locations:
-        """Returns the locations of the images at some positions; positions count from 0."""
+        """Returns order, shard, index and block of the images at some positions in the sequence; positions count from
+        0."""
         columns = np.empty((4, len(positions)), dtype=np.int64)
         for part, rows, inner in self._dealt(positions):
             locations = self._parts[part].locate(inner)
@@ -156,7 +161,7 @@ class Mixture:
         return Locations(*columns)
 
     def blocks_at(self, positions: Integers) -> list[tuple[int, int]]:
-        """Returns index of the order and number of the block at each position."""
+        """Returns index of the order and number of the block (run of neighbouring images) at each position."""
         found: list[tuple[int, int]] = [(0, 0)] * len(positions)
         for part, rows, inner in self._dealt(positions):
             for row, (order, block) in zip(rows.tolist(), self._parts[part].blocks_at(inner), strict=True):

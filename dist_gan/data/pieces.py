@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 class PieceBytes(NamedTuple):
-    """Bytes of a piece, and their position in the shard."""
+    """Bytes of a piece, which is a range of neighbouring samples, and their position in the shard."""
 
     start: int
     """Position of the first byte, in bytes from the start of the shard."""
@@ -87,7 +87,8 @@ class PieceReader:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     def request(self, pieces: Iterable[Piece]) -> None:
-        """Starts reading pieces that will be needed, as long as memory is free for them."""
+        """Starts reading pieces (ranges of neighbouring samples) that will be needed, as long as memory is free for
+        them."""
         with self._lock:
             for piece in pieces:
                 if piece in self._held:
@@ -98,7 +99,7 @@ class PieceReader:
                     self._begin(piece)
 
     def get(self, piece: Piece) -> PieceBytes:
-        """Returns the bytes of a piece; waits until the piece has been read.
+        """Returns the bytes of a piece, a range of neighbouring samples; waits until the piece has been read.
 
         Raises:
             TrainingFailed: the shard cannot be read, or the store does not answer.
@@ -127,7 +128,10 @@ class PieceReader:
         return fetched
 
     def drop(self, piece: Piece) -> None:
-        """Removes a piece from memory and from the disk cache; the next request reads it from the store."""
+        """Removes a piece (a range of neighbouring samples) from memory and from the disk cache.
+
+        The next request for the piece reads it from the store.
+        """
         if self._cache is not None:
             self._cache.drop(self._name(piece))
         with self._lock:
@@ -135,7 +139,7 @@ class PieceReader:
                 self._forget(piece)
 
     def fetch_again(self, piece: Piece) -> PieceBytes:
-        """Reads a piece from the store even if its bytes are cached; returns the new bytes.
+        """Reads a piece, a range of neighbouring samples, from the store even if its bytes are cached.
 
         Raises:
             TrainingFailed: the shard cannot be read, or the store does not answer.
@@ -144,7 +148,7 @@ class PieceReader:
         return self._fetch(piece, anew=True)
 
     def size(self, piece: Piece) -> int:
-        """Returns the size of a piece, in bytes."""
+        """Returns the size in bytes of a piece, which is a range of neighbouring samples."""
         shard = self._shard(piece)
         return shard.offsets[piece.last] + shard.sizes[piece.last] - shard.offsets[piece.first]
 
@@ -176,7 +180,10 @@ class PieceReader:
         storage.will_read(path, start, start + self.size(piece))
 
     def _begin(self, piece: Piece) -> Future[PieceBytes]:
-        """Starts reading a piece in the pool of threads; a local piece is read by the first thread that calls `get`."""
+        """Starts reading a piece (range of samples) in the pool of threads.
+
+        A piece on a local disk is read by the first thread that calls `get`.
+        """
         is_local = self._local[piece.folder][piece.shard] is not None
         future: Future[PieceBytes] = Future() if is_local else self._pool.submit(self._fetch, piece)
         self._held[piece] = future
@@ -190,8 +197,10 @@ class PieceReader:
         self._arrived.pop(piece, None)
 
     def _make_room(self, size: int) -> bool:
-        """Drops pieces that have arrived, the least recently requested first; returns whether `size` bytes are then
-        free."""
+        """Frees memory until `size` bytes are free; returns whether that was possible.
+
+        The pieces (ranges of samples) in memory that were requested least recently are dropped first.
+        """
         while self._bytes + size > self._memory:
             # The first piece has nearly always arrived. Scanning all pieces took an eighth of the time of a small image.
             unused = next((piece for piece, future in self._held.items() if future.done()), None)
@@ -229,9 +238,9 @@ class PieceReader:
         return self._folders[piece.folder].manifest.shards[piece.shard]
 
     def _name(self, piece: Piece) -> str:
-        """Returns the name of a piece in the disk cache.
+        """Returns the name of a piece (range of samples) in the disk cache.
 
-        The name holds the shard's hash, so that a changed shard has other names.
+        The name holds the hash of the shard, so that a changed shard has other names.
         """
         shard = self._shard(piece)
         url = storage.join(self._folders[piece.folder].url, shard.name)
@@ -240,7 +249,8 @@ class PieceReader:
 
 
 def _run(future: Future[PieceBytes], fetch: Callable[[Piece], PieceBytes], piece: Piece) -> None:
-    """Fetches a piece in the calling thread, and sets a future's result; other threads may wait for the same future."""
+    """Fetches a piece (range of samples) in the calling thread, and sets a future's result; other threads may wait for
+    it."""
     try:
         future.set_result(fetch(piece))
     except BaseException as error:

@@ -179,7 +179,7 @@ class ImageStream:
         return found + (self._prefetcher.decoder.damaged() if self._prefetcher is not None else [])
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """Counts the damaged images that all ranks have found, and returns those not counted before.
+        """Counts the damaged images that all ranks have found; returns those that were not counted before.
 
         Raises:
             TrainingFailed: more images are damaged than may be substituted (`data.max_bad`).

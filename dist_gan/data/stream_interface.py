@@ -12,7 +12,8 @@ from dist_gan.types import Batch
 
 
 class Stream(Protocol):
-    """Endless stream of batches whose order is a function of the seed and of the number of the batch."""
+    """Endless stream of batches of real samples; the samples of a batch depend on the seed and the batch's number
+    alone."""
 
     draw: int
     """Number of the next global batch, counted from 0."""
@@ -50,8 +51,7 @@ class Stream(Protocol):
         ...
 
     def note_damaged(self, found: Iterable[Damage]) -> list[Damage]:
-        """Counts the damaged images that all ranks have found, and returns those not counted before, equal on all
-        ranks.
+        """Counts the damaged images that all ranks have found; returns, on all ranks, those not counted before.
 
         Raises:
             TrainingFailed: more images are damaged than may be substituted.

@@ -22,13 +22,12 @@ LARGEST_ERROR = 0.05
 Real pictures stay below 0.006; the drawings of two different shapes differ by 0.06 or more.
 """
 LARGEST_BLEMISH = 0.25
-"""Largest mean difference, in [0, 1], over any 3 x 3 pixels and in any channel, between a valid picture and its
-drawing.
+"""Largest mean difference, in [0, 1], between a valid picture and its drawing over 3 x 3 pixels, in any channel.
 
 A missing, additional or discoloured spot exceeds this limit.
 """
 LARGEST_TINT = 0.08
-"""Largest mean difference, in [0, 1], over the shape and in any channel, between a valid picture and its drawing.
+"""Largest mean difference, in [0, 1], between a valid picture and its drawing over the shape, in any channel.
 
 A hue between two colours exceeds this limit.
 """

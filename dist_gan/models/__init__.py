@@ -64,7 +64,7 @@ def build_networks(section: NetworkSettings, *, seed: int, own: OwnBuilder | Non
         own: the user's function that builds networks of the kind `own`.
 
     Raises:
-        UserError: the kind is `own` and there is no function, or it does not return two networks.
+        UserError: the kind is `own`, and the function is missing or does not return two networks.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

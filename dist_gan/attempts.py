@@ -151,7 +151,7 @@ def lock(folder: Path) -> IO[bytes]:
     try:
         _lock(file, folder)
         if (folder / OLD_LOCK).exists():
-            with _open(folder, OLD_LOCK) as old:  # a process of an earlier version may live
+            with _open(folder, OLD_LOCK) as old:  # a process of an earlier version may still run
                 _lock(old, folder)
     except BaseException:
         file.close()
@@ -231,7 +231,7 @@ def claim(folder: Path, *, home: str, at_least: int) -> tuple[Claim, list[str]]:
     try:
         counted = _old_count(folder)
     except FileNotFoundError:
-        pass  # begun by this version
+        pass  # the run was begun by this version
     except Damaged as error:
         notes.append(f"{error}; attempts are counted by {ATTEMPTS} instead")
     before = found.owner if found.owner.run else NOBODY._replace(run=secrets.token_hex(8))

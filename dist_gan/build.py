@@ -131,7 +131,7 @@ def build(
         config_yaml=to_yaml(config),
     )
     if mirror is not None:
-        mirror.push()  # so that starts in vain are counted on other machines, too
+        mirror.push()  # so that other machines count failed attempts, too
     report = Report(tracker, runtime, state)
     report.started(resumed, attempt=attempt, config_hash=config_hash(config))
     saving = Saving(checkpointer, runtime, state, report)

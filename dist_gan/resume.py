@@ -103,7 +103,7 @@ def _notes(
 def _begun_anew(manifest: Mapping[str, Any], state: TrainState) -> tuple[str, ...]:
     """Returns a note for each part of the run's state that the checkpoint lacks."""
     lacking = [part for part in state.parts() if reader.prefix_of(manifest, part) is None]
-    if not state.memory and "objective" in lacking:  # there is no memory to lose
+    if not state.memory and "objective" in lacking:  # this objective keeps no state, so nothing begins anew
         lacking.remove("objective")
     return tuple(f"the checkpoint holds no state of the part {part!r}, which begins anew" for part in lacking)
 

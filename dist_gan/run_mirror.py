@@ -83,7 +83,7 @@ class RunMirror:
                 f"them train, or give each its own checkpoint.url"
             )
         self._claim = claim
-        storage.remove(storage.join(self.home, OUTCOME))  # of the attempt before
+        storage.remove(storage.join(self.home, OUTCOME))  # the outcome of the previous attempt
         self._sent = self._present()
 
     def check_owner(self) -> None:
@@ -115,7 +115,7 @@ class RunMirror:
                 self.check_owner()
                 for name in self._names():
                     self._send(name)
-        except Exception as error:  # logs are not worth a run
+        except Exception as error:  # a failure to copy logs must not end the run
             if not self._has_failed:
                 self._has_failed = True
                 said = str(error) if isinstance(error, UserError | TrainingFailed | OSError) else type(error).__name__

@@ -51,7 +51,7 @@ def run(config: RunConfig, *, own: OwnParts = NO_PARTS) -> int:
         parts: list[Run] = []
         try:
             code = _run(config, ending, own, parts)
-        except BaseException as error:  # a stage may raise any exception, and the other ranks wait
+        except BaseException as error:  # whatever the exception is, the other ranks wait for a notice
             code = ending.badly(error)
         for part in parts:  # cleans up after a failed run
             within(part.report.tracker.close)

@@ -90,12 +90,12 @@ def _data_mistakes(reading: Reading) -> list[str]:
     from dist_gan.models import FAMILIES
 
     if FAMILIES[reading.config.networks.kind].makes == "points":
-        return []  # points are not read, and a rule has spoken of shards for such networks
+        return []  # points are not read from files; the settings' rules report shards for such networks
     try:
         mistakes, _ = check_data(reading.config)
     except TrainingFailed as error:
         mistakes = [f"data: {error}"]
-    # A default in place of an invalid setting was not written by the user; a rule has spoken of a refused URL.
+    # A setting with a reported mistake holds a default, whose data the user did not choose; it is not reported again.
     told = {text.partition(":")[0] for text in reading.mistakes}
     placed = [(text.partition(":")[0], text) for text in mistakes]
     return [text for place, text in placed if place not in told and not reading.is_wrong(place)]

@@ -39,7 +39,7 @@ def make_accelerators(
             f"runtime.compress: {section.compress!r} is for gradients on GPUs, and these processes train on CPUs; leave it out"
         )
     handlers = [_ddp_arguments(section), InitProcessGroupKwargs(timeout=timeout)]
-    # Only the launch file says "CPU"; without this variable accelerate starts N lone processes on a CPU.
+    # Without `cpu=True`, accelerate would not connect the processes on CPUs unless the launch file asks for CPUs.
     both = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     return {"generator": both, "discriminator": both}
 

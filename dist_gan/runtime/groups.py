@@ -37,8 +37,8 @@ def join(meeting: Meeting, *, on_cpu: bool, timeout: timedelta) -> None:
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
-    # gloo's processes then connect on demand. By default each connects to all others in each of three groups,
-    # and reads all their addresses from one store: of 64 ranks, 190 connections each instead of 5 (docs/scaling.md).
+    # With this variable, processes connect through gloo on demand. By default every process connects to all others in
+    # each of three groups: 190 connections of each of 64 ranks instead of 5 (docs/scaling.md).
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         dist.init_process_group(

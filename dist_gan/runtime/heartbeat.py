@@ -122,7 +122,7 @@ class Heartbeat:
             except Exception as error:
                 found.append(LostRanks(_store_away(type(error).__name__), cut_off=True))
 
-        # A request to a machine that is gone fails after minutes, if at all; so it runs in a thread.
+        # A request to a lost machine fails after minutes or never, so the requests run in a thread.
         thread = threading.Thread(target=find, name="heartbeat-find", daemon=True)
         thread.start()
         thread.join(timeout=STORE_AWAY_AFTER_S)
@@ -175,7 +175,7 @@ class Heartbeat:
     def _read_all(self) -> list[Beat | None]:
         """Returns the latest heartbeat of every rank, in rank order; None for a rank that has sent no heartbeat."""
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        # Two requests once every rank has sent a beat: all ranks ask at the same time when one is lost.
+        # Only two requests if every rank has sent a heartbeat, since all ranks read at once after a rank was lost.
         exists = [True] * len(keys) if self._store.check(keys) else [self._store.check([key]) for key in keys]
         values = iter(self._store.multi_get([key for key, there in zip(keys, exists, strict=True) if there]))
         read = [next(values) if there else b"" for there in exists]
@@ -223,7 +223,7 @@ class Heartbeat:
             return None
         for neighbour in self._neighbours:
             neighbour.check_process()
-        # Beats may be late because the store has not answered.
+        # Heartbeats may seem late only because the store has not answered.
         if any(n.has_died() or (away < 2 * INTERVAL_S and n.is_silent()) for n in self._neighbours):
             lost = self.find_lost_ranks()
             if lost.unreachable or lost.cut_off:

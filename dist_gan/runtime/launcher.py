@@ -15,8 +15,10 @@ _LAUNCHERS = ("accelerate", "torchrun", "accelerate.commands.launch", "accelerat
 _AGENT = "TORCHELASTIC_RUN_ID"
 """Environment variable that only torch's launcher sets, for its workers."""
 _SIMPLE = "ACCELERATE_MIXED_PRECISION"
-"""Environment variable that accelerate sets for its workers. A user may set it too, so an ancestor process has to be
-accelerate as well."""
+"""Environment variable that accelerate sets for its workers.
+
+A user may set the same variable, so a launcher is assumed only if an ancestor process runs accelerate, too.
+"""
 
 
 class Process(NamedTuple):

@@ -24,7 +24,7 @@ from dist_gan.wording import safe
 OVER = "over"
 """Key, in the launch's store, of the notice that the launch is over.
 
-The key is absent until rank 0 permits training; from then on its value is empty until a notice is published.
+The key is absent until rank 0 permits training, which gives it an empty value, or until a notice is published.
 """
 _ARRIVAL, _OBJECTION, _CONFIRMATIONS, _ATTEMPT = "here", "objection", "heard", "attempt"
 _POLL_S = (0.1, 1.0)
@@ -71,7 +71,7 @@ class Meeting:
     """The launch's key-value store, for messages outside of process groups.
 
     Args:
-        store: connection to the store; the process groups take it over once training begins.
+        store: connection to the store; from the start of training on, the process groups use this connection.
         rank: rank of this process.
         world_size: number of processes of the launch.
     """

@@ -21,6 +21,6 @@ def set_numerics(section: RuntimeSection) -> None:
     if section.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is initialised
         torch.use_deterministic_algorithms(True)
-        # Otherwise a kernel fills each `torch.empty` with NaN first; the program never reads memory that it has not
-        # written.
+        # By default, deterministic mode fills each `torch.empty` with NaN, which costs a kernel; this program never reads
+        # memory before writing it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -130,7 +130,7 @@ class PartitionedPlayer(Player):
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
         if self._stage == 3:
-            # Otherwise the second micro-batch's gradients replace the first one's instead of being added.
+            # Otherwise the second micro-batch's gradients would replace those of the first instead of being added to them.
             self._zero.clear_backward_seen_flag()
             self._settle()
             self._hold()
@@ -170,7 +170,7 @@ class PartitionedPlayer(Player):
         applied = math.isfinite(norm)
         culprit = None if applied else self._first_not_finite()
         set_rates(self._zero, lr=lr, beta2=beta2)
-        self._engine.step()  # leaves the weights alone where the norm is not finite, and clears the gradients
+        self._engine.step()  # updates no weight if the norm is not finite; clears the gradients
         if bool(self._zero.overflow) == applied:
             raise TrainingFailed(
                 f"{self.name}: DeepSpeed {'skipped' if applied else 'made'} an update by a gradient of norm {norm}; start "
@@ -239,7 +239,7 @@ class PartitionedPlayer(Player):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         owner = self.parameters[parameter]
-        owner.requires_grad_(True)  # a frozen parameter's moments are not given out
+        owner.requires_grad_(True)  # DeepSpeed returns no moments of a frozen parameter
         return safe_get_full_optimizer_state(owner, key)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def exists(url: str) -> bool:
         return bool(filesystem.exists(path))
     filesystem.invalidate_cache()
     try:
-        # Not the clients' own `exists`: some return False if the store does not answer.
+        # `info` instead of `exists`: some clients' `exists` returns False if the store does not answer.
         asked(url, "read", lambda: filesystem.info(path))
     except (FileNotFoundError, NotADirectoryError):
         return False

@@ -55,7 +55,7 @@ def publish(url: str, data: bytes | memoryview) -> None:
         written = int(asked(url, "write", lambda: filesystem.size(path), patience, about=about))
     except FileNotFoundError as error:
         raise TrainingFailed(f"{place}: it is not there after it was written") from error
-    except UserError as error:  # writes happen while a program runs, which cannot continue
+    except UserError as error:  # a write happens during a run, which cannot continue without it
         raise TrainingFailed(*error.args) from error
     if written != len(data):
         remove(url)

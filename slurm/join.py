@@ -26,8 +26,10 @@ def main() -> int:
     parser.add_argument("--head", required=True, help="address of the first node")
     parser.add_argument("--port", required=True, help="where the launchers will meet")
     parser.add_argument("--seconds", required=True, type=float, help="time for all nodes to meet")
-    parser.add_argument("--lock", required=True, type=Path, help="file of the run folder")
-    parser.add_argument("--mark", required=True, help="what the first node has written there")
+    parser.add_argument(
+        "--lock", type=Path, help="file of the run folder; left out if nodes need not share that folder"
+    )
+    parser.add_argument("--mark", default="", help="what the first node has written there")
     parser.add_argument("nodes", nargs="+", help="names, in the order of their numbers")
     given = parser.parse_args()
     number = int(os.environ["SLURM_NODEID"])
@@ -42,13 +44,15 @@ def main() -> int:
     return 0 if problem is None else 2
 
 
-def check_node(node: str, lock: Path, mark: str) -> str | None:
+def check_node(node: str, lock: Path | None, mark: str) -> str | None:
     """What this node lacks."""
     if shutil.which("accelerate") is None:
         return (
             f"there is no accelerate on node {node}; name a virtual environment (DIST_GAN_VENV), modules or a container "
             f"that every node has"
         )
+    if lock is None:
+        return None
     deadline = time.monotonic() + LOCK_SEEN_WITHIN_S
     while True:
         try:
@@ -57,7 +61,10 @@ def check_node(node: str, lock: Path, mark: str) -> str | None:
         except OSError:
             pass
         if time.monotonic() > deadline:
-            return f"run.dir: node {node} does not see {lock.parent.parent}; choose a run.dir on a disk that all nodes share"
+            return (
+                f"run.dir: node {node} does not see {lock.parent.parent}; choose a run.dir on a disk that all nodes share, or "
+                f"keep the run in a store: checkpoint.url=s3://bucket/run"
+            )
         time.sleep(0.5)
 
 

@@ -83,9 +83,10 @@ plain_path() { # the path that train.py will read: YAML without its quotes, ~ an
   esac
   plain="$value"
 }
-run_dir=""
+run_dir="" in_store="" # in a store, the run folder may be on the first node's own disk
 for argument in "${arguments[@]}"; do
   if [[ "$argument" == run.dir=* ]]; then plain_path "${argument#run.dir=}" && run_dir="$plain"; fi
+  if [[ "$argument" == checkpoint.url=*://* && "$argument" != checkpoint.url=[Ff][Ii][Ll][Ee]:* ]]; then in_store=1; fi
 done
 if [[ -z "$run_dir" ]]; then # the same at every requeue of this job
   run_dir="runs/$name"
@@ -117,7 +118,14 @@ field() { # of the outcome that this start has left; empty if it left none
   [[ -r "$file" ]] || return 0
   sed -n "s/^ *\"$1\": \"\\(.*\\)\",\\{0,1\\}\$/\\1/p" "$file"
 }
-newest_commit() { # empty if there is none
+newest_commit() { # empty if there is none; in a store, those of the latest attempt, for the log may have been fetched
+  if [[ -n "$in_store" ]]; then
+    local attempt
+    attempt="$(sed -n 's/^{"attempt": \([0-9]*\), "run": .*/\1/p' "$run_dir/attempts.jsonl" 2>/dev/null | tail -n 1)" || true
+    [[ -z "$attempt" ]] ||
+      sed -n "/\"event\": \"checkpoint\".*\"attempt\": $attempt,/s/.*\"url\": \"\([^\"]*\)\".*/\1\/COMMIT/p" "$run_dir/events.jsonl" 2>/dev/null | tail -n 1 || true
+    return 0
+  fi
   [[ ! -d "$run_dir/checkpoints" ]] || find "$run_dir/checkpoints" -mindepth 2 -maxdepth 2 -name COMMIT | sort -V | tail -n 1
 }
 commit_before="$(newest_commit)"
@@ -174,11 +182,16 @@ run_step() { # in the background, because bash looks at signals between commands
 }
 
 export CONTAINER="$container" RUN_DIR="$run_dir"
+seen=(--lock "$run_dir/slurm/lock" --mark "$mark") # by every node, unless the run is kept in a store
+node_log=(--output="$run_dir/slurm/node-%n.log")
+if [[ -n "$in_store" ]]; then # a name with %n would be opened on each node's own disk
+  seen=() node_log=(--label --output="$run_dir/slurm/node-all.log")
+fi
 join_log="$run_dir/slurm/join.log"
 : >"$join_log"
 # shellcheck disable=SC2016
 if ! run_step --output="$join_log" bash -c 'trap "" USR2; exec $CONTAINER python slurm/join.py "$@"' bash \
-  --head "$head_address" --port "$port" --seconds "$join_s" --lock "$run_dir/slurm/lock" --mark "$mark" "${nodes[@]}"; then
+  --head "$head_address" --port "$port" --seconds "$join_s" "${seen[@]}" "${nodes[@]}"; then
   grep --max-count=1 '^dist_gan: ' "$join_log" || { say "the nodes did not meet:" && tail -n 20 "$join_log"; }
   exit 2
 fi
@@ -196,7 +209,7 @@ if [[ -n "$asked$ended" ]]; then
   say "stopped before the training began, and not requeued"
   exit 75
 fi
-run_step --output="$run_dir/slurm/node-%n.log" bash -c "$node" bash \
+run_step "${node_log[@]}" bash -c "$node" bash \
   --config_file "$launch_file" --gpu_ids all --rdzv_backend static --main_process_ip "$head_address" --main_process_port "$port" \
   --num_machines "${#nodes[@]}" --num_processes "$((per_node * ${#nodes[@]}))" train.py "${arguments[@]}" || true
 
@@ -217,7 +230,7 @@ if [[ -n "$ended" || "$state" != *" JobState=RUNNING "* || "$state" != *" Restar
   say "not requeued here: Slurm has ended this job, and requeues it by itself if it was preempted or lost a node"
   exit "$code"
 fi
-if [[ "$(newest_commit)" == "$commit_before" ]]; then
+if [[ -z "$(newest_commit)" || "$(newest_commit)" == "$commit_before" ]]; then
   say "not requeued: no checkpoint has been committed since this start; see $run_dir/slurm/node-*.log"
   exit "$code"
 fi

@@ -6,19 +6,27 @@ worker of the tests starts one cluster.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
+from dist_gan import storage
 from dist_gan.attempts import read as read_attempts
+from dist_gan.checkpoint import reader
+from tests.conftest import free_port
 from tests.scenarios.test_runs import assert_same_state, events, outcome
 from tests.slurm.cluster import Cluster, command_line, wait_until
 from tests.slurm.conftest import outside_slurm
@@ -43,9 +51,12 @@ def workers(cluster: Cluster, job: str) -> list[int]:
 
 
 @contextmanager
-def frozen(cluster: Cluster, job: str, run: Path) -> Iterator[list[int]]:
+def frozen(
+    cluster: Cluster, job: str, run: Path | None = None, *, committed: Callable[[], object] | None = None
+) -> Iterator[list[int]]:
     """Holds both workers still in mid-run, as soon as there is a checkpoint: what comes next meets a run that is not done."""
-    wait_until(lambda: list(run.glob("checkpoints/*/COMMIT")), seconds=60, what="a checkpoint")
+    is_there = committed or (lambda: list(run.glob("checkpoints/*/COMMIT")) if run is not None else None)
+    wait_until(is_there, seconds=60, what="a checkpoint")
     pids = workers(cluster, job)
     assert len(pids) == 2
     for pid in pids:
@@ -56,6 +67,27 @@ def frozen(cluster: Cluster, job: str, run: Path) -> Iterator[list[int]]:
         for pid in pids:
             if command_line(pid):
                 os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """An S3 server with the bucket `runs`; the variables by which a program finds it."""
+    port = free_port()
+    variables = {
+        "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    boto3.client("s3", endpoint_url=variables["AWS_ENDPOINT_URL"]).create_bucket(Bucket="runs")
+    try:
+        yield variables
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 def start_again(cluster: Cluster, job: str, *, restarts: int) -> None:
@@ -230,6 +262,41 @@ def test_a_second_job_on_a_run_folder_is_refused_and_one_that_is_cancelled_saves
     assert attempts(run) == [("start", 1), ("preempted", 1)]
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lost", ["a worker", "the first node's disk"])
+def test_a_job_on_node_local_disks_keeps_its_run_in_a_store_and_goes_on_from_there(
+    cluster: Cluster,
+    project: Path,
+    recipe: list[str],
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    if not cluster.separate:
+        pytest.skip("a process may not be given mounts of its own here")
+    name = lost.replace(" ", "-").replace("'", "")
+    run, url = cluster.folder / "private" / name, f"s3://runs/{name}"
+    shutil.rmtree(run, ignore_errors=True)
+    with s3_server(monkeypatch) as variables:
+        job = cluster.submit(SCRIPT, *recipe, f"run.dir={run}", f"checkpoint.url={url}", cwd=project, **variables)
+        with frozen(cluster, job, committed=lambda: reader.newest_commit(f"{url}/checkpoints")) as pids:
+            os.kill(pids[1], signal.SIGKILL)
+        wait_until(lambda: cluster.job(job)["Restarts"] == "1", seconds=60, what=f"a requeue of job {job}")
+        assert "dist_gan: crashed: rank 1 " in said(project, job)
+        assert "requeued, to go on from checkpoint-" in said(project, job)
+        if lost != "a worker":
+            shutil.rmtree(run)  # as if the job had got another first node
+        start_again(cluster, job, restarts=1)
+        end = cluster.wait(job, seconds=120)
+        assert end["JobState"] == "COMPLETED", said(project, job)
+        assert end["Restarts"] == "1"
+        assert attempts(run) == [("start", 1), ("resume", 2), ("end", 2)]
+        whole, found = reader.newest(str(undisturbed / "checkpoints")), reader.newest(f"{url}/checkpoints")
+        assert reader.read_manifest(str(found.url))["files"] == reader.read_manifest(str(whole.url))["files"]
+        assert json.loads(storage.read(f"{url}/outcome.json"))["outcome"] == "finished"
+    assert not (run / "checkpoints").exists()
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +366,10 @@ def test_a_run_folder_that_only_the_first_node_sees_is_refused(cluster: Cluster,
         pytest.skip("a process may not be given mounts of its own here")
     run = cluster.folder / "private" / "run"
     message = refused(cluster, project, *POINTS, f"run.dir={run}")
-    assert f"run.dir: node n1 does not see {run}; choose a run.dir on a disk that all nodes share" in message
+    assert (
+        f"run.dir: node n1 does not see {run}; choose a run.dir on a disk that all nodes share, or keep the run in a store"
+        in message
+    )
 
 
 def test_a_node_without_a_launcher_is_refused(cluster: Cluster, project: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class Ending:
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return code
-        notice = EndNotice(self.rank, outcome, code, reason)
+        notice = EndNotice(self.rank, outcome, code, self._cause(reason) if outcome == "crashed" else reason)
         if lost is not None:
             notice = notice._replace(unreachable=lost.unreachable, hanging=lost.hanging)
         held = self._said or self._claim(notice, rank_zero_first=rank_zero_first and self.rank != 0)
@@ -250,14 +250,14 @@ class Ending:
         if not self._leaving.acquire(blocking=False):
             time.sleep(4 * STEP_WITHIN_S)
             return CRASHED
-        notice = EndNotice(self.rank, "crashed", CRASHED, reason)
+        notice = EndNotice(self.rank, "crashed", CRASHED, self._cause(reason))
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             deadline = time.monotonic() + (_OUTCOME_WITHIN_S if self.outcome.folder is None else 0.0)
             told: list[bool] = []
             within(lambda: told.append(self._is_told_by(deadline)), seconds=2 * _OUTCOME_WITHIN_S)
             if told != [True]:
                 self._write_outcome(notice)
-            within(lambda: say_last(reason, launcher_waits=self._launcher_waits()))
+            within(lambda: say_last(notice.reason, launcher_waits=self._launcher_waits()))
             self.outcome.copy_logs()
         return CRASHED
 
@@ -292,6 +292,13 @@ class Ending:
             within(lambda: found.append(meeting.objection()))
         return found[0] if found else None
 
+    def _cause(self, reason: str) -> str:
+        """Returns the end of this process's launcher as the reason, if it has ended: what fails afterwards follows from it."""
+        if self._launcher is None or self._launcher_waits():
+            return reason
+        host = f"{os.uname().nodename} (process {self._launcher.pid})"
+        return f"the launcher of {host} has ended without its ranks; start the same command again to resume"
+
     def _launcher_waits(self) -> bool:
         return self._launcher is not None and not self._launcher.has_ended()
 
@@ -299,9 +306,8 @@ class Ending:
 
     def watch_launcher(self) -> None:
         """Starts a thread that ends this process soon after its launcher has ended."""
-        launcher = self._launcher
-        if launcher is not None:
-            threading.Thread(target=self._watch, args=(launcher,), name="launcher", daemon=True).start()
+        if self._launcher is not None:
+            threading.Thread(target=self._watch, args=(self._launcher,), name="launcher", daemon=True).start()
 
     def _watch(self, launcher: Process) -> None:
         while not launcher.has_ended():
@@ -319,11 +325,7 @@ class Ending:
         if os.environ.get("GROUP_RANK", "0") == "0":
             self.meeting = None  # the first machine's launcher held the store
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            reason = (
-                f"the launcher of {os.uname().nodename} (process {launcher.pid}) has ended without its ranks; start the same "
-                f"command again to resume"
-            )
-            self.leave("crashed", code=CRASHED, reason=reason)
+            self.leave("crashed", code=CRASHED, reason="the launcher has ended")
         self.exit(CRASHED)
 
     # -- the end --------------------------------------------------------------------------------------------------

@@ -115,5 +115,5 @@ if __name__ == "__main__":
     if FAULT != "build":
         instrument()
     if RANK == FAULTY and FAULT == "refused":
-        sys.exit(program.main([sys.argv[3], *overrides, "run.imagez=3"]))
-    sys.exit(program.main([sys.argv[3], *overrides]))
+        sys.exit(program.start([sys.argv[3], *overrides, "run.imagez=3"]))
+    sys.exit(program.start([sys.argv[3], *overrides]))

@@ -16,6 +16,7 @@ import torch
 from dist_gan.build import build
 from dist_gan.data import PointStream
 from dist_gan.metrics import Metric, Samples
+from dist_gan.own_parts import OwnParts
 from dist_gan.runtime import LaunchSettings, Runtime, StopRequest
 from dist_gan.trainer import fit
 from dist_gan.types import Batch
@@ -46,7 +47,7 @@ def main(folder: Path, overrides: list[str]) -> None:
         return batch
 
     PointStream.next = asking  # type: ignore[method-assign]
-    run = build(config, runtime, stop, attempt=1, metrics=[ORDERED])
+    run = build(config, runtime, stop, attempt=1, own=OwnParts(metrics=(ORDERED,)))
     stop.training_begins()
     end = fit(run)
     run.close()

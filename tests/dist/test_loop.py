@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_gan.own_parts import OwnParts
 from dist_gan.checkpoint import reader
 from tests.conftest import ROOT, launch
 from tests.dist.loop_worker import ORDERED
@@ -35,7 +36,7 @@ def test_a_request_on_any_rank_stops_all_at_one_step_and_what_is_logged_is_that_
     assert {"metric/sum", "metric/weighted"} <= metrics[-1].keys()
     assert [event["event"] for event in lines(run / "events.jsonl")] == ["start", *["checkpoint"] * 3, "preempted"]
 
-    trained(alone, *GAME, "run.images=112", metrics=[ORDERED])
+    trained(alone, *GAME, "run.images=112", own=OwnParts(metrics=(ORDERED,)))
     for ours, expected in zip(metrics, lines(alone / "metrics.jsonl"), strict=False):
         learned = {name for name in expected if not name.startswith("time/")}
         assert ours.keys() == expected.keys()

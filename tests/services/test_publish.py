@@ -38,12 +38,12 @@ def test_an_object_of_another_size_than_what_was_written_is_an_error_and_gone(
     with pytest.raises(TrainingFailed, match=rf"cannot write gs://b/c: {arrived} of 100 bytes arrived"):
         StoreFolder("gs://b").upload(tmp_path / "file", "c")
     with pytest.raises(TrainingFailed, match=rf"{arrived} of 100 bytes arrived"):
-        StoreDestination("gs://b").take(tmp_path / "file", "d")
+        StoreDestination("gs://b").publish(tmp_path / "file", "d")
     assert store.objects == {}
     assert [what for what, *_ in store.asked if what != "size"] == ["write", "remove"] * 3
     store.on_write = lambda path, data: data
     storage.publish("gs://b/a", bytes(100))
-    StoreDestination("gs://b").take(tmp_path / "file", "d")
+    StoreDestination("gs://b").publish(tmp_path / "file", "d")
     assert store.objects == {"b/a": bytes(100), "b/d": bytes(100)}
 
 
@@ -310,7 +310,7 @@ def test_a_file_on_a_disk_is_safe_before_it_has_its_name_and_its_name_is_safe_at
     with folder.new_file("b") as file:
         file.write_bytes(data)
         assert not (tmp_path / "b").exists()
-        folder.take(file, "b")
+        folder.publish(file, "b")
     assert steps == [("synced", 4321), ("renamed", "b"), ("synced", "folder")]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 

@@ -252,7 +252,7 @@ def test_whoever_stops_does_not_wait_for_a_store_that_is_away(
         while source.retries < 2:
             assert time.monotonic() < deadline, "the threads that run ahead should have noticed"
             time.sleep(0.1)
-            if source._ahead is not None and source._ahead.has_next():
+            if source._prefetcher is not None and source._prefetcher.has_next():
                 source.next()
         began = time.monotonic()
         source.close()

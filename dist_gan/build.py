@@ -32,7 +32,7 @@ from dist_gan.saving import Saving
 from dist_gan.state import Progress, TrainState
 from dist_gan.step import Game, Rules
 from dist_gan.tracker import Tracker
-from dist_gan.types import Networks
+from dist_gan.types import Networks, UserError
 
 
 class Run(NamedTuple):
@@ -205,18 +205,19 @@ def _stream(
     stages: Sequence[Stage],
 ) -> Stream:
     slots, classes = runtime.slots(config.run.batch), config.networks.classes
+    if isinstance(config.data, DataOrder):
+        networks = picture_networks(config.networks)
+        return ImageStream(
+            sources,
+            section=config.data,
+            resolution=networks.resolution,
+            channels=networks.channels,
+            classes=classes,
+            batch=config.run.batch,
+            slots=slots,
+            draws=draws,
+            stages=stages,
+        )
     if isinstance(config.data, PointsData):
         return PointStream(config.data, classes=classes, slots=slots, draws=draws)
-    assert isinstance(config.data, DataOrder)
-    networks = picture_networks(config.networks)
-    return ImageStream(
-        sources,
-        section=config.data,
-        resolution=networks.resolution,
-        channels=networks.channels,
-        classes=classes,
-        batch=config.run.batch,
-        slots=slots,
-        draws=draws,
-        stages=stages,
-    )
+    raise UserError(f"data.kind: {config.data.kind!r} has no stream in this version")

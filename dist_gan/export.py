@@ -47,7 +47,7 @@ class AveragedWeights(NamedTuple):
     class_names: tuple[str, ...] | None
     """Name of each class; None if there are no classes, or if the names were not recorded."""
     script: Any
-    """Record of the user's script that defined parts of the run; None for a run of built-in parts alone."""
+    """Name and hash of the user's script that defined networks, losses or metrics; None without such a script."""
     notes: tuple[str, ...]
     """Sentences for the user, about damaged checkpoints that were skipped and unknown settings."""
 
@@ -288,7 +288,7 @@ def _section_in(facts: Record, *, place: str) -> tuple[NetworkSettings, tuple[st
 
 
 def _fitting(names: list[str] | None, section: NetworkSettings) -> tuple[str, ...] | None:
-    """Returns the class names if there are as many names as classes in the networks section; None otherwise."""
+    """Returns the class names of the data if their number equals `networks.classes` of the run; None otherwise."""
     return tuple(names) if names is not None and len(names) == section.classes else None
 
 

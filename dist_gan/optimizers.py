@@ -87,8 +87,6 @@ class Optimizer(Generic[S]):
     """Class of the sections `g_optim` and `d_optim`."""
     build: Callable[[list[nn.Parameter], S], torch.optim.Optimizer]
     """Function that builds torch's fused optimizer of the given parameters."""
-    moments: Callable[[S], tuple[str, ...]]
-    """Function that returns the names of the tensors that torch's optimizer keeps for each parameter, sorted."""
 
 
 def _adam(parameters: list[nn.Parameter], section: AdamSection) -> torch.optim.Optimizer:
@@ -104,22 +102,14 @@ def _adam_settings(section: AdamSection) -> dict[str, Any]:
     return {"lr": 0.0, "betas": betas, "eps": section.eps, "weight_decay": section.weight_decay, "fused": True}
 
 
-def _adam_moments(section: AdamSection) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "step")
-
-
 def _sgd(parameters: list[nn.Parameter], section: SGDSection) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0, momentum=section.momentum, weight_decay=section.weight_decay, fused=True)
 
 
-def _sgd_moments(section: SGDSection) -> tuple[str, ...]:
-    return ("momentum_buffer",) if section.momentum else ()
-
-
 OPTIMIZERS: dict[str, Optimizer[Any]] = {
-    "adam": Optimizer(AdamSection, build=_adam, moments=_adam_moments),
-    "adamw": Optimizer(AdamSection, build=_adamw, moments=_adam_moments),
-    "sgd": Optimizer(SGDSection, build=_sgd, moments=_sgd_moments),
+    "adam": Optimizer(AdamSection, build=_adam),
+    "adamw": Optimizer(AdamSection, build=_adamw),
+    "sgd": Optimizer(SGDSection, build=_sgd),
 }
 """Every kind of optimizer by its name, which is the value of `g_optim.kind` and `d_optim.kind`."""
 

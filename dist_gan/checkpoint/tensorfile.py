@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dist_gan.records import Damaged, Record, parse
-from dist_gan.types import TensorFacts
+from dist_gan.types import TensorFacts, facts_of
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -154,10 +154,16 @@ class FileBuffer:
         """Copies a tensor to its place in the file.
 
         The copy from a GPU runs in the background, in the order of the current CUDA stream.
+
+        Raises:
+            ValueError: the tensor has another shape or dtype than was announced for the file.
         """
         facts = self.table[name]
-        assert tuple(tensor.shape) == facts.shape, (name, tensor.shape, facts)
-        assert tensor.dtype == facts.dtype, (name, tensor.dtype, facts)
+        found = facts_of(tensor)
+        if found != facts:
+            raise ValueError(
+                f"{name} has shape {found.shape} and {found.dtype}; announced were {facts.shape} and {facts.dtype}"
+            )
         start, end = self.places[name]["offsets"]
         place = self.data[start:end].view(facts.dtype).view(facts.shape)
         place.copy_(tensor.detach(), non_blocking=True)

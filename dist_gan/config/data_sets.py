@@ -42,7 +42,7 @@ class DataOrder(DataSection):
     holdout: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
     """Fraction of the images held out from training. A hash of the image's key decides which images are held out."""
     flip: bool = False
-    """Whether each image is mirrored left to right with probability 1/2."""
+    """Random horizontal flip: each image is mirrored left to right with probability 1/2."""
     lanes: Annotated[Count, Field(ge=1, le=2**16)] = 64
     """Number of parallel lanes that the order of images is cut into; a batch takes its images from all lanes in turn.
 
@@ -51,7 +51,7 @@ class DataOrder(DataSection):
     block: Annotated[Count, Field(ge=1, le=2**16)] = 64
     """Number of neighbouring images of a shard that are read in one request and shuffled among each other."""
     balance: bool = False
-    """Whether every class is drawn equally often, however many images it has. False draws every image equally often."""
+    """Class balancing: every class is drawn equally often, whatever its size. False draws every image equally often."""
     prefetch: Annotated[Count, Field(ge=1, le=64)] = 4
     """Number of batches that are decoded in advance, while the networks train."""
     workers: Annotated[Count, Field(ge=1, le=256)] = 2
@@ -140,7 +140,7 @@ class PointsData(DataSection):
     radius: Annotated[Real, Field(gt=0)] = 0.7
     """Radius of the circle on which the Gaussians lie; the circle is centred at 0."""
     sigma: Annotated[Real, Field(gt=0)] = 0.02
-    """Standard deviation of each Gaussian, in both coordinates."""
+    """Standard deviation, in both coordinates, of each of the Gaussians in the plane that the points are drawn from."""
 
     @property
     def num_classes(self) -> int:

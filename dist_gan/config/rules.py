@@ -204,14 +204,14 @@ def the_best_checkpoint_is_that_of_a_logged_scalar(config: RunConfig, world_size
 
 def penalties_are_of_each_image(config: RunConfig, world_size: int) -> Mistake | None:
     """Requires, for gradient penalties, a discriminator whose logit of an image depends on that image alone."""
-    mixture = FAMILIES[config.networks.kind].mixture(config.networks)
-    if mixture is None or not _is_penalised(config):
+    dependence = FAMILIES[config.networks.kind].batch_dependence(config.networks)
+    if dependence is None or not _is_penalised(config):
         return None
-    place = f"networks.{mixture.setting}"
+    place = f"networks.{dependence.setting}"
     return Mistake(
         ("objective", place),
-        f"{place}: {getattr(config.networks, mixture.setting)!r} mixes the images of a batch, so the gradient penalties of "
-        f"the objective would not be of each image; set {place}={mixture.instead}, or the penalties to 0",
+        f"{place}: {getattr(config.networks, dependence.setting)!r} mixes the images of a batch, so the gradient penalties of "
+        f"the objective would not be of each image; set {place}={dependence.instead}, or the penalties to 0",
     )
 
 

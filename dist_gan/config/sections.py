@@ -72,7 +72,7 @@ class RunSection(Section):
     Weights are taken where names and shapes agree. None begins with random weights.
     """
     profile: bool = False
-    """Whether torch's profiler records steps 10 to 15 and writes them into the run's TensorBoard folder."""
+    """Profiling: torch's profiler records steps 10 to 15 and writes them into the run's TensorBoard folder."""
 
 
 class EMASection(Section):
@@ -100,7 +100,7 @@ class RuntimeSection(Section):
     penalties. `fp64` is slow and serves numerical comparisons.
     """
     tf32: bool = False
-    """Whether GPUs compute fp32 matrix products and convolutions in TF32, which is faster and has a 10-bit mantissa.
+    """TF32 arithmetic: GPUs compute fp32 matrix products and convolutions in TF32, which is faster and has a 10-bit mantissa.
 
     With `precision: bf16`, the setting applies to the gradient penalties, which are computed in fp32. False computes in
     full fp32.
@@ -113,7 +113,7 @@ class RuntimeSection(Section):
     threads: Annotated[Count, Field(gt=0, le=1024)] | None = None
     """Number of CPU threads per process. None divides the machine's cores by the number of its processes."""
     sync_batchnorm: bool = False
-    """Whether batch normalisation computes its statistics over the images of all processes.
+    """Synchronised batch normalisation: statistics are computed over the images of all processes.
 
     False computes them per process and averages the running statistics over processes after every update.
     """
@@ -128,7 +128,7 @@ class RuntimeSection(Section):
     None checks at checkpoints only.
     """
     deterministic: bool = False
-    """Whether GPUs use deterministic CUDA kernels only, which makes a resumed run bitwise equal to an unbroken one."""
+    """Determinism on GPUs: only deterministic CUDA kernels run, so that a resumed run is bitwise equal to an unbroken one."""
     stop_every: Annotated[Count, Field(gt=0)] = 1_000
     """Interval, in images, at which ranks check for a stop signal (TERM, INT, HUP, USR1 or USR2)."""
     start_timeout_s: Annotated[Count, Field(ge=10, le=10**6)] = 1800

@@ -36,7 +36,7 @@ _DIGITS = 20
 _FORGOTTEN_S = 600.0
 """Age, in seconds, after which a temporary file is taken to be left by a dead process, and is deleted."""
 _ROOM = 0.1
-"""Fraction of the size limit that is freed when the limit is exceeded, so that files are seldom deleted."""
+"""Fraction of the size limit that is free after a clean-up of the cache, so that clean-ups are rare."""
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

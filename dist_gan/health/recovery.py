@@ -16,7 +16,7 @@ PLAYERS = schema.PLAYERS
 
 
 class Action(NamedTuple):
-    """What the run does about a verdict; equal on every rank, since the verdict is equal on every rank."""
+    """Decision of the recovery about a verdict; every rank reaches the same decision, since it has the same verdict."""
 
     kind: Literal["continue", "roll_back", "stop"]
     reason: str = ""

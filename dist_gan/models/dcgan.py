@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_gan.config.values import Count
 from dist_gan.models.conditioning import LatentWithLabel, ProjectionHead
-from dist_gan.models.family import Family, Mixture, PictureNetworks
+from dist_gan.models.family import BatchDependence, Family, PictureNetworks
 from dist_gan.models.spectral import SpectralConv2d, begin_spectral
 
 Norm = Literal["batch", "none", "spectral"]
@@ -65,7 +65,7 @@ class DCGANNetworks(PictureNetworks):
     omits it.
     """
     g_smooth: bool = False
-    """Whether the generator's upsampling layers are initialised as bilinear interpolation.
+    """Smooth initialisation: the generator's upsampling layers begin as bilinear interpolation.
 
     The samples of the untrained generator are then smooth instead of white noise.
     """
@@ -218,8 +218,10 @@ class Discriminator(nn.Module):
         return self.head(self.stages(images_BCHW), labels_B)
 
 
-def _mixture(section: DCGANNetworks) -> Mixture | None:
-    return Mixture("d_norm", instead="none") if section.d_norm == "batch" else None
+def _batch_dependence(section: DCGANNetworks) -> BatchDependence | None:
+    return BatchDependence("d_norm", instead="none") if section.d_norm == "batch" else None
 
 
-DCGAN = Family(DCGANNetworks, build_generator=Generator, build_discriminator=Discriminator, mixture=_mixture)
+DCGAN = Family(
+    DCGANNetworks, build_generator=Generator, build_discriminator=Discriminator, batch_dependence=_batch_dependence
+)

@@ -49,9 +49,9 @@ class PictureNetworks(Section):
     """Length of the latent vector that the generator receives."""
 
 
-class Mixture(NamedTuple):
-    """Setting by which a discriminator's logit of one image depends on other images of the batch, as with batch
-    normalisation."""
+class BatchDependence(NamedTuple):
+    """Setting that makes the discriminator's logit of one image depend on the other images of the batch, as batch
+    normalisation does."""
 
     setting: str
     """Name of the setting in the section `networks`."""
@@ -63,7 +63,7 @@ S = TypeVar("S", bound=NetworkSettings)
 
 
 def _mixes_nothing(section: NetworkSettings) -> None:
-    """Returns None: the default of `Family.mixture`, for discriminators whose logit depends on one image alone."""
+    """Returns None: the default of `Family.batch_dependence`, for discriminators whose logit depends on one image alone."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Family(Generic[S]):
     """Class of the section `networks`; a subclass of `PictureNetworks` if the networks are for images."""
     build_generator: Callable[[S], nn.Module]
     build_discriminator: Callable[[S], nn.Module]
-    mixture: Callable[[S], Mixture | None] = _mixes_nothing
+    batch_dependence: Callable[[S], BatchDependence | None] = _mixes_nothing
     """Function that returns the setting by which a logit depends on several images of its batch, or None without one."""
 
     @property

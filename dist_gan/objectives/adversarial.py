@@ -27,7 +27,7 @@ class Objective(Protocol):
     """Losses of both players, the discriminator and the generator, as the training loop calls them."""
 
     needs_real_in_g_turn: bool
-    """Whether the generator's loss compares with real images, so that each generator update takes a batch of its own."""
+    """True if the generator's loss compares with real images, so that each generator update takes a batch of its own."""
 
     def discriminator_loss(
         self, G: Network, D: Network, batch: Batch, draws: Draws, knobs: Knobs, memory: Memory

@@ -55,7 +55,7 @@ class ObjectiveSection(Section):
     and the reverse.
     """
     shared_batch: bool = False
-    """Whether the generator update reuses the real images and latents of the last discriminator update.
+    """Shared batch: the generator update reuses the real images and latents of the last discriminator update.
 
     False draws new images and latents for the generator update.
     """

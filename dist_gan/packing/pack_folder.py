@@ -89,7 +89,7 @@ def write_plan(folder: Destination, plan: str, shape: ImageShape) -> None:
 
 
 def is_stray(name: str) -> bool:
-    """Whether a file name is that of a temporary file of a pack, which only a killed process leaves behind."""
+    """Returns whether a file name is that of a temporary file of a pack, which only a killed process leaves behind."""
     ours = name.startswith((".shard-", f".{PLAN}.", f".{manifests.NAME}.", f".{SKIPPED}.", "..shard-"))
     return ours and name.endswith(".tmp")
 

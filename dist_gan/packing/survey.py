@@ -33,7 +33,7 @@ class HeaderCounts(NamedTuple):
 
 
 def is_resolution(side: int) -> bool:
-    """Whether the networks support images of this side, in pixels: a power of two from 16 to 1024."""
+    """Returns whether the networks support images of this side, in pixels: a power of two from 16 to 1024."""
     return MIN_RESOLUTION <= side <= MAX_RESOLUTION and side & (side - 1) == 0
 
 

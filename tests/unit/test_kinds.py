@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytest
-import torch
-from torch import nn
 
 from dist_gan.config.data_sets import DATA_SETS
 from dist_gan.config.kinds import classes_of, default_kinds
@@ -15,7 +12,7 @@ from dist_gan.config.reader import load_config, read_settings, schema_help
 from dist_gan.config.rules import RULES, Mistake
 from dist_gan.models import FAMILIES
 from dist_gan.objectives.losses import LOSSES
-from dist_gan.optimizers import OPTIMIZERS, build_optimizer
+from dist_gan.optimizers import OPTIMIZERS
 
 CLASSES: dict[str, dict[str, Any]] = {
     "data": dict(DATA_SETS),
@@ -55,19 +52,6 @@ def test_a_loss_says_what_it_is_and_is_offered(kind: str) -> None:
     assert "D minimises" in LOSSES[kind].description
     assert kind in schema_help()
     assert load_config(None, [f"objective.kind={kind}"]).objective.kind == kind
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("extra", [{}, {"momentum": 0.5}])
-def test_the_moments_of_an_optimizer_are_the_tensors_that_torch_keeps(kind: str, extra: Mapping[str, float]) -> None:
-    settings = OPTIMIZERS[kind].settings
-    section = settings(kind=kind, **{k: v for k, v in extra.items() if k in settings.model_fields})
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer([weight], section)
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    kept = sorted(key for key, value in optimizer.state[weight].items() if isinstance(value, torch.Tensor))
-    assert tuple(kept) == OPTIMIZERS[kind].moments(section)
 
 
 BROKEN: dict[str, tuple[list[str], int, list[str]]] = {

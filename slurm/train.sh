@@ -118,12 +118,17 @@ field() { # of the outcome that this start has left; empty if it left none
   [[ -r "$file" ]] || return 0
   sed -n "s/^ *\"$1\": \"\\(.*\\)\",\\{0,1\\}\$/\\1/p" "$file"
 }
-newest_commit() { # empty if there is none; in a store, those of the latest attempt, for the log may have been fetched
+newest_commit() { # empty if there is none; in a store, that of the latest attempt, for the log may have been fetched
   if [[ -n "$in_store" ]]; then
-    local attempt
+    local log="$run_dir/events.jsonl" attempt began commit
     attempt="$(sed -n 's/^{"attempt": \([0-9]*\), "run": .*/\1/p' "$run_dir/attempts.jsonl" 2>/dev/null | tail -n 1)" || true
-    [[ -z "$attempt" ]] ||
-      sed -n "/\"event\": \"checkpoint\".*\"attempt\": $attempt,/s/.*\"url\": \"\([^\"]*\)\".*/\1\/COMMIT/p" "$run_dir/events.jsonl" 2>/dev/null | tail -n 1 || true
+    [[ -n "$attempt" ]] || return 0
+    began="$(grep "\"event\": \"\(start\|resume\)\".*\"attempt\": $attempt," "$log" 2>/dev/null | tail -n 1)" || true
+    commit="$(field commit)" # its event is not in the log if the run was lost right after the commit
+    if [[ -z "$commit" || -z "$began" || "$began" == *"\"checkpoint\": \"$commit\""* ]]; then
+      commit="$(sed -n "/\"event\": \"checkpoint\".*\"attempt\": $attempt,/s/.*\"url\": \"\([^\"]*\)\".*/\1/p" "$log" 2>/dev/null | tail -n 1)" || true
+    fi
+    [[ -z "$commit" ]] || echo "$commit/COMMIT"
     return 0
   fi
   [[ ! -d "$run_dir/checkpoints" ]] || find "$run_dir/checkpoints" -mindepth 2 -maxdepth 2 -name COMMIT | sort -V | tail -n 1

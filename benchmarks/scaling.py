@@ -33,8 +33,9 @@ from dist_gan.config import RunConfig
 from dist_gan.config.reader import load_config
 from dist_gan.draws import Draws
 from dist_gan.models import build_networks, count_parameters
+from dist_gan.optimizers import OptimizerSettings, build_optimizer
 from dist_gan.runtime import Player, Runtime, read_launch_settings
-from dist_gan.runtime.player import OptimizerSettings, TorchPlayer, build_optimizer
+from dist_gan.runtime.player import TorchPlayer
 from dist_gan.runtime.rank_group import RankGroup
 from dist_gan.scalars import ScalarMeans
 from dist_gan.schedules import knobs_at

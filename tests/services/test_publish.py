@@ -12,6 +12,7 @@ import pytest
 from dist_gan import storage
 from dist_gan.packing.destinations import LocalDestination, StoreDestination
 from dist_gan.storage import Patience
+from dist_gan.storage.client import connect
 from dist_gan.storage.folder import StoreFolder
 from dist_gan.types import TrainingFailed
 from tests.services.own_store import Store, own_clock, own_store
@@ -271,6 +272,10 @@ def test_a_store_is_asked_anew_for_a_listing_and_not_its_memory(store: Store, tm
     folder.upload(tmp_path / "file", "a")
     store.objects["b/f/a"] = b"123"
     assert [file.size for file in folder.files()] == [3]
+    client, path = connect("gs://b/f")
+    client.ls(path)  # whoever shares the client leaves a listing in its memory
+    store.objects["b/f/a"] = b"1234"
+    assert folder.names() == {"a": 4}
 
 
 # -- writing to a disk --------------------------------------------------------------------------------------------------

@@ -36,15 +36,17 @@ class Store:
 
 
 def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
+    remembered: dict[str, int] = {}
+
     class FileSystem(fsspec.AbstractFileSystem):
-        """Remembers sizes until it is told to forget them, as the clients of stores do."""
+        """Remembers sizes until it is told to forget them, as the clients of stores do, which a process has one of."""
 
         protocol = "gs"
         cachable = False
 
         def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__(*arguments, **options)
-            self.remembered: dict[str, int] = {}
+            self.remembered = remembered
 
         def invalidate_cache(self, path: str | None = None) -> None:
             self.remembered.clear()

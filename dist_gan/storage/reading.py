@@ -50,6 +50,7 @@ def exists(url: str) -> bool:
 def size(url: str) -> int:
     """Returns the size of a file in bytes. Raises the errors of `client.asked`."""
     filesystem, path = connect(url)
+    filesystem.invalidate_cache()
     return int(asked(url, "read", lambda: filesystem.size(path)))
 
 

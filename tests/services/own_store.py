@@ -37,9 +37,10 @@ class Store:
 
 def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
     remembered: dict[str, int] = {}
+    listings: dict[str, list[dict[str, Any]]] = {}
 
     class FileSystem(fsspec.AbstractFileSystem):
-        """Remembers sizes until it is told to forget them, as the clients of stores do, which a process has one of."""
+        """Remembers sizes and listings until told to forget them, as the one client of a process does."""
 
         protocol = "gs"
         cachable = False
@@ -50,6 +51,7 @@ def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
 
         def invalidate_cache(self, path: str | None = None) -> None:
             self.remembered.clear()
+            listings.clear()
 
         def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: object) -> bytes:
             path = self._strip_protocol(path)
@@ -70,6 +72,12 @@ def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
 
         def info(self, path: str, **options: object) -> dict[str, Any]:
             path = self._strip_protocol(path)
+            parent = path.rpartition("/")[0]
+            if parent in listings:
+                for entry in listings[parent]:
+                    if entry["name"] == path:
+                        return entry
+                raise FileNotFoundError(path)
             store.asked.append(("size", path))
             if path in store.objects:
                 return self._entry(path)
@@ -80,6 +88,8 @@ def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
         def ls(self, path: str, detail: bool = True, **options: object) -> list[Any]:
             """In an order that is nobody's: the last name first."""
             path = self._strip_protocol(path)
+            if path in listings:
+                return listings[path] if detail else [entry["name"] for entry in listings[path]]
             store.asked.append(("list", path))
             store.on_list(path)
             inside = store.names(path)
@@ -92,6 +102,7 @@ def _file_system(store: Store) -> type[fsspec.AbstractFileSystem]:
                 else {"name": f"{path}/{head}", "size": 0, "type": "directory"}
                 for head in heads
             ]
+            listings[path] = entries
             return entries if detail else [entry["name"] for entry in entries]
 
         def find(self, path: str, maxdepth: int | None = None, withdirs: bool = False, **options: Any) -> Any:

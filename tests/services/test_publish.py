@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -276,6 +276,25 @@ def test_a_store_is_asked_anew_for_a_listing_and_not_its_memory(store: Store, tm
     client.ls(path)  # whoever shares the client leaves a listing in its memory
     store.objects["b/f/a"] = b"1234"
     assert folder.names() == {"a": 4}
+
+
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        pytest.param(lambda: storage.exists("gs://b/f/new"), True, id="exists"),
+        pytest.param(lambda: storage.list_names("gs://b/f"), ["a", "new"], id="names"),
+        pytest.param(lambda: storage.sizes("gs://b/f", ["a", "new"]), {"a": 3, "new": 4}, id="sizes"),
+        pytest.param(lambda: storage.size("gs://b/f/a"), 3, id="size"),
+    ],
+)
+def test_what_a_shared_client_remembers_of_a_store_is_not_believed(
+    store: Store, ask: Callable[[], object], expected: object
+) -> None:
+    store.objects["b/f/a"] = b"12345"
+    client, path = connect("gs://b/f")
+    client.ls(path)
+    store.objects |= {"b/f/a": b"123", "b/f/new": b"1234"}
+    assert ask() == expected
 
 
 # -- writing to a disk --------------------------------------------------------------------------------------------------
